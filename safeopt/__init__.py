@@ -1,0 +1,25 @@
+"""safeopt: fine-tune an aligned language model without losing its alignment."""
+
+from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.losses import ReferenceKL, refusal_nll
+from safeopt.optim import OptimizerInfo, ProjectedAdamW, optimizers, safeguard
+from safeopt.optim.config import SafetyConfig
+from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.probe import PassCounter, SafetyProbe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Measurement",
+    "OptimizerInfo",
+    "PassCounter",
+    "ProjectedAdamW",
+    "ReferenceKL",
+    "RefreshPolicy",
+    "SafetyConfig",
+    "SafetyGeometry",
+    "SafetyProbe",
+    "optimizers",
+    "refusal_nll",
+    "safeguard",
+]

@@ -1,0 +1,1 @@
+"""The curvature of the alignment loss: its estimate, its storage and the model built on it."""

@@ -1,0 +1,153 @@
+"""Alignment losses A(θ): how far a model has moved from its refusals.
+
+Every loss maps ``(model, batch)`` to one value per example, shape ``(m,)`` and dtype float32 (float64
+for a float64 model). A safety batch is a dict of tensors whose rows are examples: ``input_ids``,
+``attention_mask`` and ``labels``, all ``(m, T)`` and long, padded on the left, with ``labels`` equal to
+``IGNORE`` outside the refusal tokens. Left padding lines the refusals up at the end of the rows, so
+the logits, the most expensive activation of a small model, are computed there only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+Batch = Mapping[str, Tensor]
+
+
+class AlignmentLoss(Protocol):
+    """Anything that maps a model and a safety batch to one loss per example, shape ``(m,)``."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the per-example losses, differentiable with respect to the model's parameters."""
+        ...
+
+
+def refusal_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """Negative log-likelihood of the refusal, mean over its tokens, for each example.
+
+    Args:
+        model: a causal language model whose output has ``.logits``.
+        batch: a safety batch of m examples, see the module's docstring.
+
+    Returns:
+        Shape ``(m,)``, in nats per token.
+    """
+    log_probs, targets = response_log_probs(model, batch)
+    mask = targets != IGNORE
+    token_nll = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return mean_over_tokens(token_nll, mask)
+
+
+class ReferenceKL:
+    """KL(π_θ₀ ‖ π_θ) on the refusal tokens against a cached reference model.
+
+    The reference is the model as it is when `cache` runs. For each refusal token its ``top_k`` largest
+    log-probabilities are kept, and all others as one remainder class: by the data-processing
+    inequality the result is a lower bound of the full KL, zero exactly at θ₀, with the memory of
+    ``top_k + 1`` numbers a token instead of the vocabulary.
+
+    Args:
+        top_k: number of vocabulary entries kept for each token, at least 1.
+
+    Raises:
+        ValueError: if ``top_k`` is smaller than 1.
+    """
+
+    def __init__(self, top_k: int = 32) -> None:
+        if top_k < 1:
+            raise ValueError(
+                f"top_k={top_k}: keep at least one log-probability a token (top_k >= 1)"
+            )
+        self.top_k = top_k
+        self._reference: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def cache(self, model: nn.Module, batch: Batch) -> None:
+        """Store the reference log-probabilities of a batch: one forward pass."""
+        log_probs, targets = response_log_probs(model, batch)
+        top, index = log_probs.topk(min(self.top_k, log_probs.shape[-1] - 1), dim=-1)
+        for row, key in enumerate(_keys(batch)):
+            kept = targets[row] != IGNORE
+            self._reference[key] = (top[row, kept].clone(), index[row, kept].clone())
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return KL(π_θ₀ ‖ π_θ), mean over the refusal tokens, in nats; shape ``(m,)``.
+
+        Raises:
+            KeyError: if an example was not given to `cache` before.
+        """
+        log_probs, targets = response_log_probs(model, batch)
+        losses = []
+        for row, key in enumerate(_keys(batch)):
+            if key not in self._reference:
+                raise KeyError(
+                    "this safety example has no cached reference: call cache() with it first"
+                )
+            top, index = (x.to(log_probs.device) for x in self._reference[key])
+            current = log_probs[row, targets[row] != IGNORE].gather(-1, index)
+            p, rest, rest_now = top.exp(), _log_remainder(top), _log_remainder(current)
+            kl = (p * (top - current)).sum(-1) + rest.exp() * (rest - rest_now)
+            losses.append(kl.mean())
+        return torch.stack(losses)
+
+
+def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities at the positions that predict the responses, and the tokens they predict.
+
+    Returns:
+        ``(log_probs, targets)`` of shapes ``(m, L, V)`` and ``(m, L)``, where L is the longest
+        response of the batch; ``targets`` is ``IGNORE`` where a row has no response token.
+    """
+    labels = batch["labels"]
+    length = labels.shape[1]
+    # The first token of a row is predicted by nothing, so it never counts.
+    labelled = (labels[:, 1:] != IGNORE).any(0).nonzero()
+    if labelled.numel() == 0:
+        raise ValueError(f"labels: every entry is {IGNORE}; a safety batch needs refusal tokens")
+    keep = length - 1 - int(labelled[0])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    accepted = forward_arguments(model)
+    mask = batch.get("attention_mask")
+    if "position_ids" in accepted and mask is not None and "position_ids" not in inputs:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = keep + 1
+    logits = model(**inputs).logits[:, -(keep + 1) : -1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.to(dtype).log_softmax(-1), labels[:, -keep:]
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values (m, L)`` over the tokens where ``mask`` is true, for each row; shape (m,)."""
+    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def forward_arguments(model: nn.Module) -> frozenset[str]:
+    """Names that the model's forward accepts, looked up behind PEFT and data-parallel wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module  # type: ignore[assignment]
+        else:
+            return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _keys(batch: Batch) -> Sequence[tuple[int, ...]]:
+    """An example's identity: its tokens without the padding."""
+    mask = batch["attention_mask"].bool()
+    return [tuple(row[kept].tolist()) for row, kept in zip(batch["input_ids"], mask, strict=True)]
+
+
+def _log_remainder(log_probs: Tensor) -> Tensor:
+    """log(1 − Σ exp(log_probs)) over the last axis, kept away from log 0."""
+    mass = log_probs.exp().sum(-1)
+    return torch.log((1 - mass).clamp(min=torch.finfo(mass.dtype).eps))

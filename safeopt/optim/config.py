@@ -1,0 +1,79 @@
+"""SafetyConfig: the choices behind the protection, checked once and then fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from safeopt.curvature.refresh import RefreshPolicy
+
+Mode = Literal["project", "damp", "acceleration", "budget"]
+Curvature = Literal["fisher", "random"]
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """How the safety subspace is estimated and used. The defaults need no tuning.
+
+    Args:
+        rank: the largest number of directions k, at least 1.
+        mode: the map applied after each step, see `safeopt.curvature.surrogate`.
+        damping: strength of the protection, at least 0. 0 switches it off: no safety pass is made
+            and the base optimizer runs as if it were alone. In mode ``"damp"`` it is κ = η/τ per
+            mean eigenvalue; the other modes only distinguish zero from positive.
+        budget: accepted rise of the alignment loss over its value before fine-tuning, in nats a
+            token, at least 0. `restore` acts above it, and ``mode="budget"`` keeps the surrogate below.
+        refresh: when to estimate anew.
+        examples: new safety examples at one refresh, at most; early refreshes, which follow each
+            other closely, take as many as steps have passed. At least 1.
+        window: the number of latest examples whose gradients span the subspace, at least ``examples``.
+        newton_damping: δ of the Newton step relative to the mean eigenvalue, positive.
+        restore: take the Newton step where alignment was lost; False leaves projection alone.
+        trial_examples: safety examples kept apart for the line search, at least 1.
+        curvature: ``"fisher"``, or ``"random"``: the control experiment, a random subspace of equal
+            rank that knows nothing of safety (nothing is restored with it).
+        seed: for the order of the safety examples and the random control.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    rank: int = 32
+    mode: Mode = "project"
+    damping: float = 1.0
+    budget: float = 0.02
+    refresh: RefreshPolicy = field(default_factory=RefreshPolicy)
+    examples: int = 8
+    window: int = 32
+    newton_damping: float = 0.1
+    restore: bool = True
+    trial_examples: int = 4
+    curvature: Curvature = "fisher"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("rank", self.rank, 1, "the safety subspace needs at least one direction")
+        _one_of("mode", self.mode, get_args(Mode))
+        _at_least("damping", self.damping, 0, "0 switches the protection off")
+        _at_least("budget", self.budget, 0, "the accepted rise of the alignment loss")
+        _at_least("examples", self.examples, 1, "a refresh needs a safety example")
+        _at_least("window", self.window, self.examples, "it holds the examples of a refresh")
+        if not (self.newton_damping > 0 and math.isfinite(self.newton_damping)):
+            raise ValueError(f"newton_damping={self.newton_damping}: expected a positive number")
+        _at_least("trial_examples", self.trial_examples, 1, "the line search needs an example")
+        _one_of("curvature", self.curvature, get_args(Curvature))
+        if not isinstance(self.refresh, RefreshPolicy):
+            raise TypeError(f"refresh={self.refresh!r}: expected a RefreshPolicy")
+
+
+def _at_least(name: str, value: float, low: float, why: str) -> None:
+    if not (isinstance(value, (int, float)) and value >= low):
+        raise ValueError(f"{name}={value}: {why} ({name} >= {low})")
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        listed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f'{name}="{value}": expected one of {listed}')

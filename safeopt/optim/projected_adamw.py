@@ -1,0 +1,151 @@
+"""ProjectedAdamW: AdamW that keeps a model's alignment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.optim.config import Curvature, Mode, SafetyConfig
+from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.protection import attach, restore
+from safeopt.probe import SafetyProbe
+
+
+class ProjectedAdamW(torch.optim.AdamW):
+    r"""AdamW, followed by a proximal step in the safety subspace.
+
+    .. code-block:: text
+
+        before step 1:        a_0, U, Λ  from a few safety examples at the aligned model
+        at every step t:      θ'  = AdamW(θ, g)
+                              c   = Uᵀθ' − Uᵀθ_r
+                              θ'' = θ' + U(map(c) − c)
+        at a refresh:         measure A on new examples; renew U, Λ
+                              if A > a_0 + budget:  θ ← θ + t·U·(Gauss-Newton step)
+                              θ_r ← θ
+
+    Everything happens in ``step()``; no closure is needed. Call `restore` before you save a model
+    outside of a Trainer that uses `safeopt.integrations.transformers.SafetyCallback`.
+
+    Args:
+        params: parameters, or groups of them. A group with ``protect=False`` is trained by plain
+            AdamW.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: term added to the denominator.
+        weight_decay: decoupled weight decay.
+        amsgrad: use the maximum of all second moments.
+        probe: the safety examples; its model holds ``params``.
+        rank: see `SafetyConfig`, as for all arguments up to ``seed``.
+        mode: the map c → c⁺.
+        damping: strength of the protection; 0 is ``torch.optim.AdamW`` bit for bit.
+        budget: accepted rise of the alignment loss, in nats a token.
+        refresh: when to estimate the subspace anew.
+        examples: new safety examples at one refresh, at most.
+        window: latest examples whose gradients span the subspace.
+        newton_damping: damping of the restoring step.
+        restore_alignment: restore where the budget is exceeded.
+        trial_examples: safety examples kept apart for the line search.
+        curvature: ``"fisher"``, or ``"random"`` for the control experiment.
+        seed: of the order of the safety examples.
+        maximize: as in AdamW; the alignment loss is kept low all the same.
+        foreach: as in AdamW.
+        capturable: not supported: reading k coordinates needs the values on the host.
+        differentiable: not supported.
+        fused: as in AdamW.
+
+    Attributes:
+        safety: the `SafetyGeometry`: history, measured, predicted, coupling, passes.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+        TypeError: if ``probe`` is not a `SafetyProbe`.
+
+    Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
+    ``examples`` short prompts (and half as many held ones, if the probe has them). Memory: k float32
+    numbers for each protected parameter.
+
+    Source: the safety subspace and its curvature coupling are those of Springer et al. 2026
+    (arXiv 2602.15799); AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        probe: SafetyProbe,
+        rank: int = SafetyConfig.rank,
+        mode: Mode = SafetyConfig.mode,
+        damping: float = SafetyConfig.damping,
+        budget: float = SafetyConfig.budget,
+        refresh: RefreshPolicy | None = None,
+        examples: int = SafetyConfig.examples,
+        window: int = SafetyConfig.window,
+        newton_damping: float = SafetyConfig.newton_damping,
+        restore_alignment: bool = SafetyConfig.restore,
+        trial_examples: int = SafetyConfig.trial_examples,
+        curvature: Curvature = SafetyConfig.curvature,
+        seed: int = SafetyConfig.seed,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        for name, value in (("capturable", capturable), ("differentiable", differentiable)):
+            if value:
+                raise ValueError(f"{name}=True: ProjectedAdamW does not support it; leave it False")
+        geometry = SafetyGeometry(
+            probe,
+            SafetyConfig(
+                rank=rank,
+                mode=mode,
+                damping=damping,
+                budget=budget,
+                refresh=RefreshPolicy() if refresh is None else refresh,
+                examples=examples,
+                window=window,
+                newton_damping=newton_damping,
+                restore=restore_alignment,
+                trial_examples=trial_examples,
+                curvature=curvature,
+                seed=seed,
+            ),
+        )
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+        )
+        self.safety = geometry
+        attach(self, geometry)
+
+    def restore(self) -> Measurement:
+        """Measure the alignment loss now and restore it where it exceeds the budget.
+
+        Returns:
+            The measurement, with the loss before and after. Cost: at most one refresh and a line
+            search; nothing if no step was taken since the last refresh.
+        """
+        return restore(self, self.safety)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "ProjectedAdamW cannot be pickled or copied: it holds its model through the probe. "
+            "Save state_dict(), and load it into a new optimizer"
+        )

@@ -1,0 +1,321 @@
+"""SafetyProbe: the safety examples, the alignment loss on them, and what it costs to look.
+
+The probe answers three questions about the model as it stands now: the alignment loss A(θ), its
+gradient, and the gradients of single examples. It leaves no trace: parameters, gradients, buffers,
+random state, train/eval mode and hooks are as before, also when something raises in the middle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, refusal_nll
+from safeopt.per_example import PerExampleGradients, per_example_gradients
+
+
+@dataclass
+class PassCounter:
+    """What the safety passes cost so far.
+
+    Attributes:
+        forward: forward passes (model calls).
+        backward: backward passes.
+        forward_tokens: tokens, without padding, that went through forward passes.
+        backward_tokens: tokens, without padding, that went through backward passes.
+        seconds: wall time of all of them.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    forward_tokens: int = 0
+    backward_tokens: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the counters as plain numbers."""
+        return asdict(self)
+
+
+class SafetyProbe:
+    """Safety examples and the alignment loss on them.
+
+    Args:
+        model: the model that is fine-tuned (the module itself, not a data-parallel wrapper).
+        batches: safety batches, see `safeopt.losses`; at least one example in all. Padding is
+            removed; examples are batched anew, by length, when they are used.
+        held: batches of harmless prompts, each with a refusal as its response. Restoring alignment
+            leaves the refusal's likelihood there as it is, so that harmless prompts are not refused.
+        loss: ``"nll"`` (refusal negative log-likelihood), ``"kl"`` (KL to the model as it is at the
+            first use of the probe) or any function ``(model, batch) -> losses (m,)``.
+        micro_batch_size: the largest number of examples in one pass, at least 1.
+
+    Raises:
+        TypeError: if ``model`` is not a module or ``loss`` is neither a name nor callable.
+        ValueError: if there is no example, an example has no labelled token, tensors of a batch
+            disagree in size, or ``loss`` or ``micro_batch_size`` is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        loss: Literal["nll", "kl"] | AlignmentLoss = "nll",
+        *,
+        held: Sequence[Batch] = (),
+        micro_batch_size: int = 16,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={type(model).__name__}: expected a torch.nn.Module")
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size}: at least one example a pass")
+        self.model = model
+        self.micro_batch_size = micro_batch_size
+        self.passes = PassCounter()
+        self.loss = _named_loss(loss)
+        self._examples = [example for batch in batches for example in _split(batch)]
+        if not self._examples:
+            raise ValueError("batches: no safety example given; at least one is needed")
+        held_examples = [example for batch in held for example in _split(batch)]
+        self.held_count = len(held_examples)
+        self._examples += held_examples
+        self._reference_cached = not isinstance(self.loss, ReferenceKL)
+        self._looped: set[int] = set()
+        self._looped_for: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Number of safety examples; the held ones follow them, at indices from here on."""
+        return len(self._examples) - self.held_count
+
+    def values(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Alignment loss of each example, in the order of ``indices``: one forward pass.
+
+        Args:
+            indices: which examples; all safety examples by default.
+
+        Returns:
+            Shape ``(m,)``, float32 (float64 for a float64 model), detached.
+        """
+        chosen = self._check(indices)
+        values: list[Tensor] = [torch.empty(0)] * len(chosen)
+        with self._untouched(), torch.no_grad():
+            for positions in self._micro_batches(chosen):
+                losses = self._run([chosen[p] for p in positions], backward=False)
+                for position, loss in zip(positions, losses, strict=True):
+                    values[position] = loss
+        return torch.stack(values)
+
+    def value(self, indices: Sequence[int] | None = None) -> float:
+        """Alignment loss A(θ), the mean over the examples: one forward pass."""
+        return float(self.values(indices).mean())
+
+    def gradient(
+        self, params: Sequence[Tensor], indices: Sequence[int] | None = None
+    ) -> tuple[float, list[Tensor]]:
+        """Alignment loss and its gradient: one forward and one backward pass.
+
+        Args:
+            params: parameters of the model that require a gradient.
+            indices: which examples; all by default.
+
+        Returns:
+            A(θ) and ∇A, one tensor for each parameter with its shape and dtype.
+        """
+        chosen = self._check(indices)
+        total = [torch.zeros_like(p) for p in params]
+        value = 0.0
+        with self._untouched(), torch.enable_grad():
+            for positions in self._micro_batches(chosen):
+                loss = self._run([chosen[p] for p in positions], backward=True).sum() / len(chosen)
+                value += float(loss.detach())
+                parts = torch.autograd.grad(loss, list(params), allow_unused=True)
+                for accumulated, part in zip(total, parts, strict=True):
+                    if part is not None:
+                        accumulated += part
+        return value, total
+
+    def per_example(
+        self, params: Sequence[Tensor], indices: Sequence[int] | None = None
+    ) -> PerExampleGradients:
+        """Losses and gradients of single examples: one forward and one backward pass.
+
+        Args:
+            params: parameters of the model that require a gradient.
+            indices: which examples; all by default.
+
+        Returns:
+            Losses ``(m,)`` and, for each parameter, gradients ``(m, *p.shape)``, in the order of
+            ``indices``. Memory: m numbers for each parameter.
+        """
+        chosen = self._check(indices)
+        if self._looped_for != tuple(id(p) for p in params):
+            self._looped, self._looped_for = set(), tuple(id(p) for p in params)
+        losses: list[Tensor] = []
+        rows: list[list[Tensor]] = [[] for _ in params]
+        order: list[int] = []
+        with self._untouched(), torch.enable_grad():
+            for positions in self._micro_batches(chosen):
+                members = [chosen[p] for p in positions]
+                part = per_example_gradients(
+                    lambda members=members: self._run(members, backward=True),  # type: ignore[misc]
+                    [lambda e=e: self._run([e], backward=True) for e in members],  # type: ignore[misc]
+                    self.model,
+                    params,
+                    self._looped,
+                )
+                losses.append(part.losses)
+                order.extend(positions)
+                for collected, tensor in zip(rows, part.rows, strict=True):
+                    collected.append(tensor)
+        back = torch.tensor(order).argsort()
+        return PerExampleGradients(
+            torch.cat(losses)[back],
+            [x[0] if len(x) == 1 else torch.cat(x) for x in rows]
+            if order == sorted(order)
+            else [torch.cat(x)[back.to(x[0].device)] for x in rows],
+        )
+
+    def _check(self, indices: Sequence[int] | None) -> list[int]:
+        chosen = list(range(len(self)) if indices is None else indices)
+        if not chosen:
+            raise ValueError("indices: empty; name at least one safety example")
+        last = len(self._examples) - 1
+        if min(chosen) < 0 or max(chosen) > last:
+            raise IndexError(f"indices={chosen}: the probe has examples 0 to {last}")
+        if not self._reference_cached:
+            self._cache_reference()
+        return chosen
+
+    def _micro_batches(self, chosen: Sequence[int]) -> Iterator[list[int]]:
+        """Positions in ``chosen``, grouped by length so that padding is short."""
+        by_length = sorted(
+            range(len(chosen)), key=lambda p: self._examples[chosen[p]]["input_ids"].shape[0]
+        )
+        for start in range(0, len(by_length), self.micro_batch_size):
+            yield sorted(by_length[start : start + self.micro_batch_size])
+
+    def _run(self, members: Sequence[int], *, backward: bool) -> Tensor:
+        batch = _join([self._examples[index] for index in members], _device(self.model))
+        tokens = int(batch["attention_mask"].sum())
+        self.passes.forward += 1
+        self.passes.forward_tokens += tokens
+        if backward:
+            self.passes.backward += 1
+            self.passes.backward_tokens += tokens
+        losses = self.loss(self.model, batch)
+        if losses.shape != (len(members),):
+            raise ValueError(
+                f"loss: returned shape {tuple(losses.shape)} for {len(members)} examples; "
+                f"expected one value per example, shape ({len(members)},)"
+            )
+        return losses
+
+    def _cache_reference(self) -> None:
+        assert isinstance(self.loss, ReferenceKL)
+        with self._untouched(), torch.no_grad():
+            for start in range(0, len(self._examples), self.micro_batch_size):
+                batch = _join(
+                    self._examples[start : start + self.micro_batch_size], _device(self.model)
+                )
+                self.loss.cache(self.model, batch)
+                self.passes.forward += 1
+                self.passes.forward_tokens += int(batch["attention_mask"].sum())
+        self._reference_cached = True
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Evaluation mode inside; everything as before outside, and the time counted."""
+        start = time.perf_counter()
+        modes = [(module, module.training) for module in self.model.modules()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        versions = [buffer._version for buffer, _ in buffers]
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                self.model.eval()
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for (buffer, before), version in zip(buffers, versions, strict=True):
+                    if buffer._version != version:
+                        buffer.copy_(before)
+            self.passes.seconds += time.perf_counter() - start
+
+
+def _named_loss(loss: str | AlignmentLoss) -> AlignmentLoss:
+    if loss == "nll":
+        return refusal_nll
+    if loss == "kl":
+        return ReferenceKL()
+    if isinstance(loss, str):
+        raise ValueError(
+            f'loss="{loss}": expected "nll", "kl" or a function (model, batch) -> (m,)'
+        )
+    if not callable(loss):
+        raise TypeError(f'loss={loss!r}: expected "nll", "kl" or a function (model, batch) -> (m,)')
+    return loss
+
+
+def _split(batch: Batch) -> list[dict[str, Tensor]]:
+    """The examples of a batch, each without its padding."""
+    if "input_ids" not in batch or "labels" not in batch:
+        raise ValueError(
+            f"batches: a safety batch has the keys {sorted(batch)}; input_ids and labels are needed"
+        )
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    for name, tensor in batch.items():
+        if tensor.shape[:1] != ids.shape[:1]:
+            raise ValueError(
+                f"batches: {name} has {tuple(tensor.shape)} beside input_ids {tuple(ids.shape)}; "
+                "every tensor needs one row for each example"
+            )
+    if batch["labels"].shape != ids.shape:
+        raise ValueError(
+            f"batches: labels has shape {tuple(batch['labels'].shape)}, input_ids "
+            f"{tuple(ids.shape)}; they must be equal"
+        )
+    examples = []
+    for row in range(ids.shape[0]):
+        example = {
+            name: tensor[row, mask[row]] if tensor.shape == ids.shape else tensor[row]
+            for name, tensor in batch.items()
+            if name != "attention_mask"
+        }
+        if not bool((example["labels"][1:] != IGNORE).any()):
+            raise ValueError(
+                f"batches: example {row} has no refusal token (all labels are {IGNORE})"
+            )
+        examples.append(example)
+    return examples
+
+
+def _join(examples: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """A left-padded batch of examples, on the model's device."""
+    length = max(example["input_ids"].shape[0] for example in examples)
+    batch: dict[str, Tensor] = {}
+    for name in examples[0]:
+        fill = IGNORE if name == "labels" else 0
+        columns = []
+        for example in examples:
+            tensor, missing = example[name], length - example["input_ids"].shape[0]
+            if tensor.shape == example["input_ids"].shape:
+                tensor = torch.cat([tensor.new_full((missing,), fill), tensor])
+            columns.append(tensor)
+        batch[name] = torch.stack(columns).to(device)
+    lengths = torch.tensor([example["input_ids"].shape[0] for example in examples])
+    mask = torch.arange(length) >= (length - lengths).unsqueeze(1)
+    batch["attention_mask"] = mask.long().to(device)
+    return batch
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
