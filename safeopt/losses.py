@@ -1,17 +1,18 @@
 """Alignment losses A(θ): how far a model has moved from its refusals.
 
-Every loss maps ``(model, batch)`` to one value per example, shape ``(m,)`` and dtype float32 (float64
-for a float64 model). A safety batch is a dict of tensors whose rows are examples: ``input_ids``,
-``attention_mask`` and ``labels``, all ``(m, T)`` and long, padded on the left, with ``labels`` equal to
-``IGNORE`` outside the refusal tokens. Left padding lines the refusals up at the end of the rows, so
-the logits, the most expensive activation of a small model, are computed there only.
+Every loss maps ``(model, batch)`` to one value per example, shape ``(m,)`` and dtype float32
+(float64 for a float64 model). A safety batch is a dict of tensors whose rows are examples:
+``input_ids``, ``attention_mask`` and ``labels``, all ``(m, T)`` and long, padded on the left, with
+``labels`` equal to ``IGNORE`` outside the refusal tokens. Left padding lines the refusals up at the
+end of the rows, so the logits, the most expensive activation of a small model, are computed there
+only.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,10 @@ def refusal_nll(model: nn.Module, batch: Batch) -> Tensor:
 class ReferenceKL:
     """KL(π_θ₀ ‖ π_θ) on the refusal tokens against a cached reference model.
 
-    The reference is the model as it is when `cache` runs. For each refusal token its ``top_k`` largest
-    log-probabilities are kept, and all others as one remainder class: by the data-processing
-    inequality the result is a lower bound of the full KL, zero exactly at θ₀, with the memory of
-    ``top_k + 1`` numbers a token instead of the vocabulary.
+    The reference is the model as it is when `cache` runs. For each refusal token its ``top_k``
+    largest log-probabilities are kept, and all others as one remainder class: by the
+    data-processing inequality the result is a lower bound of the full KL, zero exactly at θ₀, with
+    the memory of ``top_k + 1`` numbers a token instead of the vocabulary.
 
     Args:
         top_k: number of vocabulary entries kept for each token, at least 1.
@@ -111,7 +112,7 @@ def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if labelled.numel() == 0:
         raise ValueError(f"labels: every entry is {IGNORE}; a safety batch needs refusal tokens")
     keep = length - 1 - int(labelled[0])
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     accepted = forward_arguments(model)
     mask = batch.get("attention_mask")
     if "position_ids" in accepted and mask is not None and "position_ids" not in inputs:
@@ -122,21 +123,24 @@ def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs["logits_to_keep"] = keep + 1
     logits = model(**inputs).logits[:, -(keep + 1) : -1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.to(dtype).log_softmax(-1), labels[:, -keep:]
+    targets = labels[:, -keep:]
+    if mask is not None:  # a short row's first token follows padding: it does not count either
+        targets = targets.masked_fill(mask[:, -(keep + 1) : -1] == 0, IGNORE)
+    return logits.to(dtype).log_softmax(-1), targets
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values (m, L)`` over the tokens where ``mask`` is true, for each row; shape (m,)."""
+    """Mean of each row of ``values (m, L)`` over the tokens where ``mask`` is true."""
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def forward_arguments(model: nn.Module) -> frozenset[str]:
+def forward_arguments(model: Any) -> frozenset[str]:
     """Names that the model's forward accepts, looked up behind PEFT and data-parallel wrappers."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module  # type: ignore[assignment]
+            model = model.module
         else:
             return frozenset(inspect.signature(model.forward).parameters)
 

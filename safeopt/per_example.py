@@ -1,16 +1,18 @@
 """Per-example gradients g_i = ∇ℓ_i of m safety examples, from one forward and one backward pass.
 
-Hooks record a module's input ``a`` and the gradient ``b`` of its output. The examples never mix inside
-a module, so each one's gradient can be read off locally:
+Hooks record a module's input ``a`` and the gradient ``b`` of its output. The examples never mix
+inside a module, so each one's gradient can be read off locally:
 
 - linear layer (LoRA's two factors are linear layers): ``∂ℓ_i/∂W = Σ_t b_it a_itᵀ``;
 - embedding: row ``v`` is ``Σ_{t: token_it = v} b_it``;
-- any other module with parameters of its own (norms, GPT-2's transposed linear, …): a vector-Jacobian
-  product of that module alone, for each example.
+- any other module with parameters of its own (norms, GPT-2's transposed linear, …): a
+  vector-Jacobian product of that module alone, for each example.
 
 The sum over the examples is checked against autograd's total gradient. Parameters where the two
-differ, since a layer mixes examples or a parameter is used outside its own module, are computed by
-a loop over the examples instead, and remembered.
+differ, or whose layer's input and output do not hold one row an example (a layer works on flattened
+tokens, mixes examples, or a parameter is used outside its own module), are computed by a loop over
+the examples instead, and remembered. Mixing in a layer without parameters of its own leaves the sum
+as it is and is not noticed: the rows are then each example's share of the total gradient.
 
 Cost: one forward and one backward pass of the batch, and ``m`` numbers for each parameter.
 """
@@ -20,12 +22,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 logger = logging.getLogger("safeopt")
 
@@ -38,8 +42,8 @@ class PerExampleGradients(NamedTuple):
 
     Attributes:
         losses: shape ``(m,)``, detached.
-        rows: one tensor for each parameter, shape ``(m, *p.shape)``, in float32 (float64 for float64
-            parameters); zeros where the losses do not depend on the parameter.
+        rows: one tensor for each parameter, shape ``(m, *p.shape)``, in float32 (float64 for
+            float64 parameters); zeros where the losses do not depend on the parameter.
     """
 
     losses: Tensor
@@ -75,7 +79,8 @@ def per_example_gradients(
             continue
         gap = torch.linalg.vector_norm(row.sum(0) - gradient.to(row.dtype))
         scale = torch.linalg.vector_norm(row, dim=None)
-        tolerance = _AGREEMENT[row.dtype] if gradient.dtype == row.dtype else 0.1
+        exact = gradient.dtype == row.dtype and not recorder.rounded
+        tolerance = _AGREEMENT[row.dtype] if exact else 0.1
         if index in recorder.mixed or gap > tolerance * scale + torch.finfo(gradient.dtype).tiny:
             looped.add(index)
             logger.info("per-example gradients of parameter %d need a loop over examples", index)
@@ -101,6 +106,7 @@ class _Recorder(AbstractContextManager["_Recorder"]):
     ) -> None:
         self.examples = examples
         self.mixed: set[int] = set()
+        self.rounded = False  # a layer ran in half precision, by itself or under autocast
         self.rows = [
             torch.zeros((examples, *p.shape), dtype=row_dtype(p), device=p.device) for p in params
         ]
@@ -142,6 +148,7 @@ class _Recorder(AbstractContextManager["_Recorder"]):
     @torch.no_grad()
     def _record(self, module: nn.Module, args: Any, kwargs: Any, b: Tensor) -> None:
         own = self._owned[module]
+        self.rounded |= b.dtype.itemsize < 4
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if first is None or not first.shape[0] == b.shape[0] == self.examples:
             self.mixed.update(own.values())
@@ -176,8 +183,7 @@ class _Recorder(AbstractContextManager["_Recorder"]):
         weights = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
         for example in range(self.examples):
             leaves = {name: weights[name].clone().requires_grad_() for name in own}
-            inputs = tuple(self._one(x, example) for x in args)
-            named = {name: self._one(x, example) for name, x in kwargs.items()}
+            inputs, named = tree_map(partial(self._one, example=example), (args, kwargs))
             self._replaying = True  # the replay below runs this module's hooks again
             try:
                 with torch.enable_grad():

@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, refusal_nll
-from safeopt.per_example import PerExampleGradients, per_example_gradients
+from safeopt.per_example import PerExampleGradients, per_example_gradients, row_dtype
 
 
 @dataclass
@@ -51,7 +52,8 @@ class SafetyProbe:
         batches: safety batches, see `safeopt.losses`; at least one example in all. Padding is
             removed; examples are batched anew, by length, when they are used.
         held: batches of harmless prompts, each with a refusal as its response. Restoring alignment
-            leaves the refusal's likelihood there as it is, so that harmless prompts are not refused.
+            leaves the refusal's likelihood there as it is, so that harmless prompts are not
+            refused.
         loss: ``"nll"`` (refusal negative log-likelihood), ``"kl"`` (KL to the model as it is at the
             first use of the probe) or any function ``(model, batch) -> losses (m,)``.
         micro_batch_size: the largest number of examples in one pass, at least 1.
@@ -85,6 +87,11 @@ class SafetyProbe:
         held_examples = [example for batch in held for example in _split(batch)]
         self.held_count = len(held_examples)
         self._examples += held_examples
+        keys = {tuple(sorted(example)) for example in self._examples}
+        if len(keys) > 1:
+            raise ValueError(
+                f"batches: safety batches with different keys, {sorted(keys)}; give all the same"
+            )
         self._reference_cached = not isinstance(self.loss, ReferenceKL)
         self._looped: set[int] = set()
         self._looped_for: tuple[int, ...] = ()
@@ -156,30 +163,23 @@ class SafetyProbe:
         chosen = self._check(indices)
         if self._looped_for != tuple(id(p) for p in params):
             self._looped, self._looped_for = set(), tuple(id(p) for p in params)
-        losses: list[Tensor] = []
-        rows: list[list[Tensor]] = [[] for _ in params]
-        order: list[int] = []
+        losses = torch.empty(len(chosen))
+        rows = [p.new_empty((len(chosen), *p.shape), dtype=row_dtype(p)) for p in params]
         with self._untouched(), torch.enable_grad():
             for positions in self._micro_batches(chosen):
-                members = [chosen[p] for p in positions]
+                members = [chosen[position] for position in positions]
                 part = per_example_gradients(
-                    lambda members=members: self._run(members, backward=True),  # type: ignore[misc]
-                    [lambda e=e: self._run([e], backward=True) for e in members],  # type: ignore[misc]
+                    partial(self._run, members, backward=True),
+                    [partial(self._run, [member], backward=True) for member in members],
                     self.model,
                     params,
                     self._looped,
                 )
-                losses.append(part.losses)
-                order.extend(positions)
-                for collected, tensor in zip(rows, part.rows, strict=True):
-                    collected.append(tensor)
-        back = torch.tensor(order).argsort()
-        return PerExampleGradients(
-            torch.cat(losses)[back],
-            [x[0] if len(x) == 1 else torch.cat(x) for x in rows]
-            if order == sorted(order)
-            else [torch.cat(x)[back.to(x[0].device)] for x in rows],
-        )
+                losses = losses.to(part.losses)
+                losses[positions] = part.losses
+                for all_rows, some in zip(rows, part.rows, strict=True):
+                    all_rows[positions] = some
+        return PerExampleGradients(losses, rows)
 
     def _check(self, indices: Sequence[int] | None) -> list[int]:
         chosen = list(range(len(self)) if indices is None else indices)
@@ -233,8 +233,11 @@ class SafetyProbe:
         """Evaluation mode inside; everything as before outside, and the time counted."""
         start = time.perf_counter()
         modes = [(module, module.training) for module in self.model.modules()]
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        versions = [buffer._version for buffer, _ in buffers]
+        buffers = [
+            (module, name, buffer, buffer.clone(), buffer._version)
+            for module in self.model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         try:
             with torch.random.fork_rng(devices=devices):
@@ -244,9 +247,10 @@ class SafetyProbe:
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for (buffer, before), version in zip(buffers, versions, strict=True):
+                for module, name, buffer, before, version in buffers:
                     if buffer._version != version:
                         buffer.copy_(before)
+                    module._buffers[name] = buffer  # some modules assign a new tensor
             self.passes.seconds += time.perf_counter() - start
 
 
@@ -278,11 +282,12 @@ def _split(batch: Batch) -> list[dict[str, Tensor]]:
                 f"batches: {name} has {tuple(tensor.shape)} beside input_ids {tuple(ids.shape)}; "
                 "every tensor needs one row for each example"
             )
-    if batch["labels"].shape != ids.shape:
-        raise ValueError(
-            f"batches: labels has shape {tuple(batch['labels'].shape)}, input_ids "
-            f"{tuple(ids.shape)}; they must be equal"
-        )
+    for name in ("labels", "attention_mask"):
+        if name in batch and batch[name].shape != ids.shape:
+            raise ValueError(
+                f"batches: {name} has shape {tuple(batch[name].shape)}, input_ids "
+                f"{tuple(ids.shape)}; they must be equal"
+            )
     examples = []
     for row in range(ids.shape[0]):
         example = {

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Columns multiplied in the rows' own dtype; the products of these chunks are summed in float64.
+_CHUNK = 1 << 14
+
 
 class DenseBasis:
     """k orthonormal directions in the space of all protected parameters.
@@ -45,8 +48,8 @@ class DenseBasis:
         total = torch.zeros(self.rank, dtype=torch.float64, device=self.blocks[0].device)
         for block, tensor in zip(self.blocks, tensors, strict=True):
             if tensor is not None and block.numel():
-                part = block.flatten(1) @ tensor.detach().reshape(-1).to(block.dtype)
-                total += part.to(total)
+                row = tensor.detach().reshape(1, -1).to(block.dtype)
+                total += _products(block.flatten(1), row).squeeze(1).to(total.device)
         return total
 
     @torch.no_grad()
@@ -85,5 +88,15 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     total = torch.zeros(left[0].shape[0], right[0].shape[0], dtype=torch.float64, device=device)
     for a, b in zip(left, right, strict=True):
         if a.numel() and b.numel():
-            total += (a.flatten(1) @ b.flatten(1).T).to(total)
+            total += _products(a.flatten(1), b.flatten(1)).to(total.device)
+    return total
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """left·rightᵀ in float64. float32 alone loses three digits over ten million columns."""
+    whole = left.shape[1] // _CHUNK * _CHUNK
+    total = (left[:, whole:] @ right[:, whole:].T).to(torch.float64)
+    if whole:
+        a, b = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (left, right))
+        total += (a @ b.transpose(1, 2)).sum(0, dtype=torch.float64)
     return total

@@ -1,8 +1,8 @@
 """When to estimate the safety subspace anew.
 
-At the start of a fine-tuning run the subspace turns quickly (with LoRA, whose B starts at zero, half
-of the parameters have no curvature at all before the first steps), later slowly. So: often at first,
-then rarely, and earlier than planned when the task pushes hard into the subspace.
+At the start of a fine-tuning run the subspace turns quickly (with LoRA, whose B starts at zero,
+half of the parameters have no curvature at all before the first steps), later slowly. So: often at
+first, then rarely, and earlier than planned when the task pushes hard into the subspace.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class RefreshPolicy:
         growth: each refresh happens at about ``growth`` times the step of the one before, at least
             1; 1 keeps the interval at ``first``.
         every: the longest interval in steps, at least ``first``.
-        drift: refresh as soon as the surrogate's alignment loss of everything that the map has taken
-            back since the last refresh exceeds this many nats a token; None switches the trigger
-            off. The number costs nothing: the coordinates are read at every step.
+        drift: refresh as soon as the surrogate's alignment loss of everything that the map has
+            taken back since the last refresh exceeds this many nats a token; None switches the
+            trigger off. The number costs nothing: the coordinates are read at every step.
 
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> policy = RefreshPolicy(first=1, growth=2, every=100)
-    >>> [step for step in range(1, 300) if policy.due(step, policy_last(step))]  # doctest: +SKIP
+    >>> policy, last = RefreshPolicy.geometric(first=1, growth=2, every=100), 0
+    >>> [last := step for step in range(1, 300) if policy.due(step, last)]
     [1, 2, 4, 8, 16, 32, 64, 128, 228]
     """
 
@@ -38,18 +38,17 @@ class RefreshPolicy:
     drift: float | None = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("first", "every"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of steps")
         if self.first < 1:
-            raise ValueError(
-                f"first={self.first}: the first refresh needs at least one step (>= 1)"
-            )
-        if self.growth < 1:
+            raise ValueError(f"first={self.first}: a refresh needs at least one step (first >= 1)")
+        if not 1 <= self.growth < math.inf:
             raise ValueError(f"growth={self.growth}: intervals cannot shrink (growth >= 1)")
         if self.every < self.first:
             raise ValueError(f"every={self.every}: shorter than first={self.first}")
         if self.drift is not None and not self.drift > 0:
-            raise ValueError(
-                f"drift={self.drift}: give a positive loss in nats, or None for no trigger"
-            )
+            raise ValueError(f"drift={self.drift}: expected a positive loss in nats, or None")
 
     @classmethod
     def fixed(cls, every: int) -> RefreshPolicy:

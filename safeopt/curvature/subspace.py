@@ -69,9 +69,9 @@ class SafetySubspace:
 
         It minimises ½Σ_j (e_j + R_j·c)² in Levenberg-Marquardt form: c = −Rᵀ(K + δ diag K)⁻¹e with
         K = RRᵀ. e_j is a safety example's excess over the reference (none below it) and a held
-        example's departure from its target. Scaling the damping by diag K makes the step independent
-        of the gradients' lengths, which differ by orders of magnitude between examples that the
-        model refuses firmly and those it does not.
+        example's departure from its target. Scaling the damping by diag K makes the step
+        independent of the gradients' lengths, which differ by orders of magnitude between examples
+        that the model refuses firmly and those it does not.
 
         Args:
             reference: alignment loss before fine-tuning, in nats a token.
@@ -116,8 +116,9 @@ def updated_subspace(
         window: the largest number of examples, at least q.
 
     Returns:
-        The new estimate, anchored at ``params``. Its surrogate's value is the mean of the new safety
-        losses, its gradient the mean over the window's safety examples, its scale the previous one's.
+        The new estimate, anchored at ``params``. Its surrogate's value is the mean of the new
+        safety losses, its gradient the mean over the window's safety examples, its scale the
+        previous one's.
     """
     fresh = losses.to(torch.float64)
     safety = len(fresh) - held

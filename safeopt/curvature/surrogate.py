@@ -81,7 +81,7 @@ class Surrogate:
         return replace(self, scale=min(max(above / below, low), high))
 
     def moved(self, step: Tensor, value: float) -> Surrogate:
-        """The same quadratic seen from the anchor θ_r + U·step, where A was measured as ``value``."""
+        """The same quadratic around θ_r + U·step, where A was measured as ``value``."""
         return replace(self, value=value, gradient=self.slope(step))
 
 
@@ -102,8 +102,8 @@ def remove_acceleration(previous: Tensor, drift: Tensor) -> Tensor:
     """Replace the step inside the subspace by the first-order drift: c⁺ = c_previous + drift.
 
     ``drift`` is the first step after the refresh. Under gradient flow c(t) = ċ₀t + ½c̈t² + …, and
-    c̈ = Uᵀ H g is the coupling that bends the trajectory into the subspace: keeping ċ₀t alone removes
-    the quadratic-in-time part and leaves what a first-order analysis would have predicted.
+    c̈ = Uᵀ H g is the coupling that bends the trajectory into the subspace: keeping ċ₀t alone
+    removes the quadratic-in-time part and leaves what a first-order analysis would have predicted.
     """
     return previous + drift
 

@@ -24,11 +24,13 @@ class SafetyConfig:
             and the base optimizer runs as if it were alone. In mode ``"damp"`` it is κ = η/τ per
             mean eigenvalue; the other modes only distinguish zero from positive.
         budget: accepted rise of the alignment loss over its value before fine-tuning, in nats a
-            token, at least 0. `restore` acts above it, and ``mode="budget"`` keeps the surrogate below.
+            token, at least 0. `restore` acts above it, and ``mode="budget"`` keeps the surrogate
+            below.
         refresh: when to estimate anew.
         examples: new safety examples at one refresh, at most; early refreshes, which follow each
             other closely, take as many as steps have passed. At least 1.
-        window: the number of latest examples whose gradients span the subspace, at least ``examples``.
+        window: the number of latest examples whose gradients span the subspace, at least
+            ``examples``.
         newton_damping: δ of the Newton step relative to the mean eigenvalue, positive.
         restore: take the Newton step where alignment was lost; False leaves projection alone.
         trial_examples: safety examples kept apart for the line search, at least 1.
@@ -54,13 +56,20 @@ class SafetyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("rank", "examples", "window", "trial_examples", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: expected a whole number")
         _at_least("rank", self.rank, 1, "the safety subspace needs at least one direction")
         _one_of("mode", self.mode, get_args(Mode))
         _at_least("damping", self.damping, 0, "0 switches the protection off")
+        if self.damping == math.inf:
+            raise ValueError(f'damping={self.damping}: for a hard projection use mode="project"')
         _at_least("budget", self.budget, 0, "the accepted rise of the alignment loss")
         _at_least("examples", self.examples, 1, "a refresh needs a safety example")
         _at_least("window", self.window, self.examples, "it holds the examples of a refresh")
-        if not (self.newton_damping > 0 and math.isfinite(self.newton_damping)):
+        number = isinstance(self.newton_damping, (int, float))
+        if not (number and 0 < self.newton_damping < math.inf):
             raise ValueError(f"newton_damping={self.newton_damping}: expected a positive number")
         _at_least("trial_examples", self.trial_examples, 1, "the line search needs an example")
         _one_of("curvature", self.curvature, get_args(Curvature))

@@ -234,7 +234,9 @@ class SafetyGeometry:
             relative = curvature / curvature.mean().clamp(min=torch.finfo(c.dtype).tiny)
             return maps.damp(c, target, relative, self.config.damping)
         if mode == "budget":
-            return maps.limit_to_budget(c, surrogate, self.config.budget)
+            assert self.reference is not None
+            rise = self.reference + self.config.budget - surrogate.value
+            return maps.limit_to_budget(c, surrogate, max(rise, 0.0))
         if self._first_drift is None:
             self._first_drift = c - self._position
         return maps.remove_acceleration(self._position, self._first_drift)
@@ -260,9 +262,17 @@ class SafetyGeometry:
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> None:
         """Draw examples, measure the alignment loss and renew the subspace at ``params``."""
+        own = {id(p) for p in self.probe.model.parameters()}
+        foreign = sum(id(p) not in own for p in params)
+        if foreign:
+            raise ValueError(
+                f"params: {foreign} of {len(params)} protected parameters do not belong to the "
+                "probe's model; give the probe the model that is trained"
+            )
         predicted = self.predicted
+        count = min(count, len(self._pool))
         safety = [self._pool[(self._drawn + i) % len(self._pool)] for i in range(count)]
-        held_count = math.ceil(count / 2) if self._held_pool else 0
+        held_count = min(math.ceil(count / 2), len(self._held_pool))
         held = [
             self._held_pool[(self._held_drawn + i) % len(self._held_pool)]
             for i in range(held_count)
@@ -294,7 +304,8 @@ class SafetyGeometry:
 
     def _newton_step(self, params: Sequence[Tensor], *, search: bool) -> float:
         """Step back inside the subspace; returns the alignment loss there."""
-        assert self.subspace is not None and self.reference is not None
+        assert self.subspace is not None
+        assert self.reference is not None
         subspace = self.subspace
         step = subspace.restoring_step(self.reference, self.config.newton_damping)
         length = _FULL_LENGTH

@@ -66,8 +66,8 @@ class ProjectedAdamW(torch.optim.AdamW):
         TypeError: if ``probe`` is not a `SafetyProbe`.
 
     Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
-    ``examples`` short prompts (and half as many held ones, if the probe has them). Memory: k float32
-    numbers for each protected parameter.
+    ``examples`` short prompts (and half as many held ones, if the probe has them). Memory: k
+    float32 numbers for each protected parameter.
 
     Source: the safety subspace and its curvature coupling are those of Springer et al. 2026
     (arXiv 2602.15799); AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101).

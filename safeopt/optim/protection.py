@@ -1,8 +1,8 @@
 """How a `SafetyGeometry` is attached to a torch optimizer: by the optimizer's own step hooks.
 
-Nothing is wrapped: the optimizer keeps its class, its ``param_groups`` and its state, so schedulers,
-`GradScaler`, Accelerate and checkpointing treat it as before. The geometry's state travels in the
-optimizer's ``state_dict`` under the key ``"safety"``.
+Nothing is wrapped: the optimizer keeps its class, its ``param_groups`` and its state, so
+schedulers, `GradScaler`, Accelerate and checkpointing treat it as before. The geometry's state
+travels in the optimizer's ``state_dict`` under the key ``"safety"``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def attach(optimizer: Optimizer, geometry: SafetyGeometry) -> None:
 
     def before(instance: Optimizer, args: Any, kwargs: Any) -> None:
         has_closure = bool(args and args[0] is not None) or kwargs.get("closure") is not None
-        if has_closure or not idle(instance):
+        if not idle(instance) or (has_closure and _learning_rate(instance) > 0):
             geometry.before_step(protected_parameters(instance))
 
     def after(instance: Optimizer, args: Any, kwargs: Any) -> None:

@@ -22,8 +22,8 @@ def safeguard(optimizer: Optimizer, probe: SafetyProbe, **options: Any) -> Optim
         **options: fields of `SafetyConfig`: ``rank``, ``mode``, ``damping``, ``budget``, ….
 
     Returns:
-        ``optimizer`` itself, now with the attribute ``safety`` (its `SafetyGeometry`) and the method
-        ``restore()``, see `ProjectedAdamW.restore`.
+        ``optimizer`` itself, now with the attribute ``safety`` (its `SafetyGeometry`) and the
+        method ``restore()``, see `ProjectedAdamW.restore`.
 
     Raises:
         TypeError: if ``optimizer`` is not a torch optimizer, or an option is unknown.

@@ -17,21 +17,26 @@ from torch import Tensor
 from safeopt.curvature.basis import DenseBasis
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.surrogate import Surrogate
+from safeopt.probe import PassCounter
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
 VERSION = 1
-_VECTORS = (
-    "eigenvalues",
-    "coefficients",
-    "losses",
-    "targets",
-    "anchor",
-    "gradient",
-    "position",
-    "taken_back",
-)
+_COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn")
+_NUMBERS = ("reference", "coupling")
+# The tensors of a subspace by their shapes: k directions, w examples in the window.
+_SHAPES = {
+    "eigenvalues": "k",
+    "coefficients": "wk",
+    "losses": "w",
+    "targets": "w",
+    "anchor": "k",
+    "gradient": "k",
+    "position": "k",
+    "taken_back": "k",
+}
+_OPTIONAL = ("first_drift", "last_gradient")  # k numbers, or None
 
 
 def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
@@ -69,40 +74,62 @@ def check_state(state: Mapping[str, Any], params: Sequence[Tensor]) -> None:
     if not isinstance(state, Mapping) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f'state_dict["safety"]: version {found}; this safeopt reads {VERSION}')
-    missing = {
-        "step_count",
-        "last_refresh",
-        "drawn",
-        "held_drawn",
-        "reference",
-        "coupling",
-        "history",
-        "passes",
-        "subspace",
-    } - set(state)
+    missing = {*_COUNTS, *_NUMBERS, "history", "passes", "subspace"} - set(state)
     if missing:
         raise ValueError(f'state_dict["safety"]: {", ".join(sorted(missing))} is missing')
-    subspace = state["subspace"]
-    if subspace is None:
-        return
-    absent = {*_VECTORS, "basis", "value", "scale", "first_drift", "last_gradient"} - set(subspace)
+    for name in _COUNTS:
+        if not (isinstance(state[name], int) and state[name] >= 0):
+            raise ValueError(f'state_dict["safety"]: {name}={state[name]!r}; expected a count')
+    wrong = [n for n in _NUMBERS if not (state[n] is None or _is_number(state[n]))]
+    if wrong or not all(_is_entry(entry) for entry in state["history"]):
+        raise ValueError(f'state_dict["safety"]: {wrong or "history"} holds no finite numbers')
+    if set(state["passes"]) != set(PassCounter().as_dict()):
+        raise ValueError('state_dict["safety"]["passes"]: its entries are not those of PassCounter')
+    if state["subspace"] is not None:
+        _check_subspace(state["subspace"], params)
+
+
+def _check_subspace(subspace: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+    where = 'state_dict["safety"]["subspace"]'
+    absent = {*_SHAPES, *_OPTIONAL, "basis", "value", "scale"} - set(subspace)
     if absent:
-        raise ValueError(
-            f'state_dict["safety"]["subspace"]: {", ".join(sorted(absent))} is missing'
-        )
-    rank = len(subspace["eigenvalues"])
+        raise ValueError(f"{where}: {', '.join(sorted(absent))} is missing")
+    sizes = {"k": subspace["eigenvalues"].numel(), "w": subspace["losses"].numel()}
+    present = [name for name in _OPTIONAL if subspace[name] is not None]
+    for name in (*_SHAPES, *present):
+        expected = tuple(sizes[letter] for letter in _SHAPES.get(name, "k"))
+        if tuple(subspace[name].shape) != expected:
+            raise ValueError(
+                f'{where}["{name}"]: shape {tuple(subspace[name].shape)}, expected {expected}'
+            )
+    rank = sizes["k"]
     shapes = [tuple(block.shape) for block in subspace["basis"]]
-    expected = [(rank, *p.shape) for p in params]
-    if shapes != expected:
+    if shapes != [(rank, *p.shape) for p in params]:
         raise ValueError(
-            'state_dict["safety"]["subspace"]["basis"]: its shapes do not fit the parameters '
-            f"({len(shapes)} blocks of rank {rank} for {len(expected)} parameters)"
+            f'{where}["basis"]: its shapes do not fit the parameters '
+            f"({len(shapes)} blocks of rank {rank} for {len(params)} parameters)"
         )
-    finite = [subspace["basis"], [subspace[n] for n in _VECTORS if n != "targets"]]
-    if not all(bool(torch.isfinite(x).all()) for part in finite for x in part):
-        raise ValueError('state_dict["safety"]["subspace"]: it holds a value that is not finite')
-    if not math.isfinite(subspace["value"]) or not subspace["scale"] > 0:
-        raise ValueError('state_dict["safety"]["subspace"]: value or scale is out of range')
+    finite = [subspace[name] for name in (*_SHAPES, *present) if name != "targets"]
+    if not all(bool(torch.isfinite(x).all()) for x in (*subspace["basis"], *finite)):
+        raise ValueError(f"{where}: it holds a value that is not finite")
+    if not (_is_number(subspace["value"]) and _is_number(subspace["scale"])):
+        raise ValueError(f"{where}: value or scale is no finite number")
+    if not subspace["scale"] > 0:
+        raise ValueError(f"{where}: scale={subspace['scale']}, expected a positive number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a history entry has the numbers of a `Measurement`."""
+    step, loss, *optional, examples = entry
+    return (
+        len(optional) == 2
+        and all(map(_is_number, (step, loss, examples)))
+        and all(x is None or _is_number(x) for x in optional)
+    )
 
 
 def load_state(
@@ -112,7 +139,8 @@ def load_state(
     stored = state["subspace"]
     subspace, vectors = None, {}
     if stored is not None:
-        small = {name: stored[name].to(params[0].device).clone() for name in _VECTORS}
+        device = params[0].device
+        small = {name: stored[name].to(device).clone() for name in _SHAPES}
         subspace = SafetySubspace(
             DenseBasis(
                 [x.to(p.device).clone() for x, p in zip(stored["basis"], params, strict=True)]
@@ -127,13 +155,12 @@ def load_state(
         vectors = {
             "position": small["position"],
             "taken_back": small["taken_back"],
-            "first_drift": _copy(stored["first_drift"]),
-            "last_gradient": _copy(stored["last_gradient"]),
+            **{name: _copy(stored[name], device) for name in _OPTIONAL},
         }
     for name, value in state["passes"].items():
         setattr(geometry.passes, name, value)
     geometry.resume(state, subspace, vectors)
 
 
-def _copy(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.clone()
+def _copy(value: Tensor | None, device: torch.device | None = None) -> Tensor | None:
+    return None if value is None else value.detach().clone().to(device)

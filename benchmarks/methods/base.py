@@ -1,0 +1,124 @@
+"""What every rival is built from, what it does at each step, and what its safety work costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class SafetyCost:
+    """What a method spends on safety, beyond the task's own passes.
+
+    Attributes:
+        forward: forward passes on safety examples.
+        backward: backward passes on them.
+        forward_tokens: their tokens, without padding.
+        backward_tokens: likewise for the backward passes.
+        seconds: wall time of these passes and of the arithmetic that turns them into protection.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    forward_tokens: int = 0
+    backward_tokens: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Add the time of the block to ``seconds``."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may use. It is the same for all methods of one model, task and seed.
+
+    Attributes:
+        model: the model, with adapters if the run uses any; in training mode.
+        params: its trainable parameters.
+        safety: unpadded safety examples (harmful prompt and refusal), in an order drawn from the
+            seed; each has ``input_ids`` and ``labels`` of shape ``(1, T)``.
+        harmless: likewise harmless prompts, each with the same refusal, for methods that watch
+            that these are not refused; none of them is measured.
+        learning_rate: of the base optimizer.
+        seed: for whatever the method draws itself.
+    """
+
+    model: nn.Module
+    params: Sequence[nn.Parameter]
+    safety: Sequence[Batch]
+    harmless: Sequence[Batch]
+    learning_rate: float
+    seed: int
+
+
+class TaskLoss(Protocol):
+    """The task loss of this step's batch: every call is one forward pass."""
+
+    batch: Batch
+
+    def __call__(self) -> Tensor:
+        """Return the loss with its graph; the method decides what to do with it."""
+        ...
+
+
+class NoOptions(BaseModel):
+    """Options of a method that has none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Method(Protocol):
+    """One rival.
+
+    A step is given the task loss as a function, so that a method may add a penalty to it, change
+    the gradient it leaves behind, evaluate it twice (sharpness-aware minimisation) or not at all
+    (a step on safety data instead). What is done once after training belongs into `finish`.
+    """
+
+    Options: type[BaseModel]
+    cost: SafetyCost
+
+    def __init__(self, setup: Setup, options: Any) -> None: ...
+
+    def step(self, task_loss: TaskLoss) -> float:
+        """Take one training step and return the task loss of the batch before it."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The weights that count when the model is measured, for methods that train others."""
+        ...
+
+    def finish(self) -> None:
+        """What is left to do at the end of training, before the last measurement."""
+        ...
+
+
+Builder = Callable[[Setup, Any], Method]
+
+
+@dataclass
+class RoundRobin:
+    """Hands out safety examples one after another, again from the start when all were used."""
+
+    examples: Sequence[Batch]
+    position: int = field(default=0, init=False)
+
+    def next(self) -> Batch:
+        """The next example."""
+        example = self.examples[self.position % len(self.examples)]
+        self.position += 1
+        return example

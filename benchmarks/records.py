@@ -1,0 +1,155 @@
+"""The result of a benchmark: its schema, and reading and writing it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from benchmarks.config import ConfigError
+
+FILE = "result.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Point(_Strict):
+    """One measurement during training.
+
+    Attributes:
+        step: training steps taken before it. The last point is measured after `Method.finish`.
+        task_loss: on held-out examples.
+        alignment_loss: on harmful prompts that no method has seen.
+        seconds: of training until here, without evaluation.
+    """
+
+    step: int
+    task_loss: float
+    alignment_loss: float
+    seconds: float
+
+
+class Span(_Strict):
+    """A figure of the model before and after training."""
+
+    start: float
+    end: float
+
+
+class Seconds(_Strict):
+    """Wall time of one run; ``total`` is the sum of the others.
+
+    Attributes:
+        total: all of it.
+        task: training without what the method spends on safety.
+        safety: the method's own passes and arithmetic.
+        evaluation: measurements of this run (the starting point's belong to no run).
+    """
+
+    total: float = 0.0
+    task: float = 0.0
+    safety: float = 0.0
+    evaluation: float = 0.0
+
+
+class Passes(_Strict):
+    """Calls of the model in training."""
+
+    task_forward: int = 0
+    task_backward: int = 0
+    safety_forward: int = 0
+    safety_backward: int = 0
+
+
+class Tokens(_Strict):
+    """Tokens that went through these passes, without padding; ``task`` through forward passes."""
+
+    task: int = 0
+    safety_forward: int = 0
+    safety_backward: int = 0
+
+
+class Record(_Strict):
+    """One finished run: one method with one seed.
+
+    Attributes:
+        batch_tokens: mean number of task tokens in a step, without padding.
+        peak_bytes: peak resident memory of the whole process during the run, sampled every 50
+            milliseconds; on a GPU, the peak of the memory that torch has allocated there.
+    """
+
+    method: str
+    model: str
+    task: str
+    seed: int
+    steps: int
+    learning_rate: float
+    batch_tokens: float
+    curve: list[Point]
+    alignment_loss: Span
+    task_loss: Span
+    refusal_rate: Span
+    over_refusal_rate: Span
+    seconds: Seconds
+    passes: Passes
+    tokens: Tokens
+    peak_bytes: int
+
+
+class Judge(_Strict):
+    """How good the refusal judge is on answers that people have labelled."""
+
+    precision: float
+    recall: float
+    n: int
+    recall_consistent: float
+
+
+class Result(_Strict):
+    """All finished runs of one config.
+
+    Attributes:
+        config: what was run; a result is only continued with the same.
+        judge: None for the tiny task, whose refusals are all the same sentence.
+    """
+
+    records: list[Record] = Field(default_factory=list)
+    environment: dict[str, Any]
+    config: dict[str, Any]
+    judge: Judge | None = None
+
+    def find(self, method: str, seed: int) -> Record | None:
+        """The record of a finished run, or None."""
+        found = [r for r in self.records if r.method == method and r.seed == seed]
+        return found[0] if found else None
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result in a folder, or None if there is none yet.
+
+    Raises:
+        ConfigError: if the file is damaged or from another version of this benchmark.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise ConfigError(
+            f"{path}: no result of this benchmark; remove it or choose another --out ({error})"
+        ) from error
+
+
+def write_result(result: Result, folder: Path) -> Path:
+    """Write the result in one step: a reader sees the old file or the new one, never a part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    working = path.with_suffix(".json.partial")
+    text = json.dumps(result.model_dump(mode="json"), indent=1)
+    working.write_text(text + "\n", encoding="utf-8")
+    return working.replace(path)

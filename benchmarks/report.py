@@ -1,0 +1,125 @@
+"""From a result to what people read: a table in the terminal, plots, and one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.config import ConfigError
+from benchmarks.figures import Figure, Summary, Target, summaries, targets
+from benchmarks.plots import data_uri, plots, save
+from benchmarks.records import FILE, Result, read_result
+
+PAGE = "report.html"
+
+
+def report(folder: Path, console: Console) -> Path:
+    """Print the tables of ``folder/result.json`` and write plots and the HTML page beside it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ConfigError: if there is no result, or none of its runs is finished.
+    """
+    result = read_result(folder)
+    if result is None or not result.records:
+        raise ConfigError(
+            f"{folder / FILE}: no finished run there; make one with "
+            "`python -m benchmarks run CONFIG --out DIR`"
+        )
+    methods = summaries(result)
+    asked = targets(methods)
+    console.print(_method_table(result, methods))
+    console.print(_target_table(methods, asked))
+    figures = plots(result)
+    save(figures, folder)
+    page = folder / PAGE
+    page.write_text(_html(result, methods, asked, figures), encoding="utf-8")
+    console.print(f"wrote {page}")
+    return page
+
+
+def _method_table(result: Result, methods: list[Summary]) -> Table:
+    first = result.records[0]
+    table = _table(f"{first.model}, {first.task}, {first.steps} steps")
+    table.add_column("method", no_wrap=True)
+    for name in (
+        "align. loss", "task loss", "refuses", "over- refuses", "train s", "safety s", "share",
+        "at 16k",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    start = methods[0]
+    table.add_row(
+        "start", f"{start.alignment[0]:.3f}", f"{start.task[0]:.3f}", f"{start.refusal[0]:.0%}",
+        f"{start.over_refusal[0]:.0%}", *[""] * 4, style="dim",
+    )  # fmt: skip
+    for m in methods:
+        table.add_row(
+            m.method, f"{m.alignment[1]:.3f}", f"{m.task[1]:.3f}", f"{m.refusal[1]:.0%}",
+            f"{m.over_refusal[1]:.0%}", f"{m.training:.1f}", f"{m.safety:.1f}", f"{m.share:.1%}",
+            f"{m.share_large:.1%}",
+        )  # fmt: skip
+    table.caption = (
+        "refuses: harmful prompts; over-refuses: harmless ones that look harmful; share: of the "
+        "training time that goes into safety, here and at 16k tokens a step"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _target_table(methods: list[Summary], asked: list[Target]) -> Table:
+    table = _table("What is asked, and what was reached")
+    table.add_column("figure")
+    table.add_column("target")
+    for method in methods:
+        table.add_column(method.method, justify="right", no_wrap=True)
+    for target in asked:
+        cells = [_cell(target.figures.get(method.method)) for method in methods]
+        table.add_row(target.name, target.asked, *cells)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    if figure.met is None:
+        return figure.text
+    return f"[green]✓[/] {figure.text}" if figure.met else f"[bold red]✗[/] {figure.text}"
+
+
+def _html(
+    result: Result, methods: list[Summary], asked: list[Target], figures: dict[str, Any]
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("benchmarks"),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    missed = [
+        (target, method, figure)
+        for target in asked
+        for method, figure in target.figures.items()
+        if figure.met is False
+    ]
+    return environment.get_template("report.html.j2").render(
+        result=result,
+        config=result.config,
+        evaluation=result.config["evaluation"],
+        methods=methods,
+        start=methods[0],
+        targets=asked,
+        missed=missed,
+        plots={name: data_uri(figure) for name, figure in figures.items()},
+        batch_tokens=result.records[0].batch_tokens,
+    )

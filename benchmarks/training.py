@@ -1,0 +1,113 @@
+"""One run: a plain training loop, the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from torch import Tensor, nn
+
+from benchmarks.evaluation import Losses
+from benchmarks.methods import Method
+from benchmarks.methods.base import Batch
+from benchmarks.records import Passes, Point, Seconds, Tokens
+from benchmarks.tasks import task_loss
+
+Listener = Callable[[int, float], None]
+
+
+@dataclass
+class Trajectory:
+    """What happened in a run.
+
+    Attributes:
+        curve: the measured points, the starting point first.
+        seconds: of training and evaluation.
+        passes: calls of the model in training.
+        tokens: that went through them.
+    """
+
+    curve: list[Point]
+    seconds: Seconds = field(default_factory=Seconds)
+    passes: Passes = field(default_factory=Passes)
+    tokens: Tokens = field(default_factory=Tokens)
+
+
+class _StepLoss:
+    """The task loss of one batch, which counts how often it is evaluated."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self.model = model
+        self.batch = batch
+        self.forward = 0
+        self.backward = 0
+
+    def __call__(self) -> Tensor:
+        self.forward += 1
+        loss = task_loss(self.model, self.batch)
+        if loss.requires_grad:
+            loss.register_hook(self._count_backward)
+        return loss
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backward += 1
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    batches: Iterable[Batch],
+    steps: int,
+    start: Losses,
+    measure: Callable[[nn.Module], Losses],
+    every: int,
+    on_step: Listener,
+    on_point: Callable[[Point], None],
+) -> Trajectory:
+    """Train and measure.
+
+    Args:
+        model: in training mode.
+        method: built for this model.
+        batches: one for each step.
+        steps: their number.
+        start: the starting point's losses, measured before.
+        measure: returns the losses of the model as it is.
+        every: steps between two measurements; the last step is always measured.
+        on_step: called after each step with its number and the batch's loss.
+        on_point: called after each measurement.
+    """
+    first = Point(step=0, task_loss=start.task, alignment_loss=start.alignment, seconds=0)
+    run = Trajectory([first])
+    trained = 0.0
+    for step, batch in enumerate(batches, start=1):
+        loss = _StepLoss(model, batch)
+        began = perf_counter()
+        value = method.step(loss)
+        if step == steps:
+            method.finish()
+        trained += perf_counter() - began
+        run.passes.task_forward += loss.forward
+        run.passes.task_backward += loss.backward
+        tokens = int(batch["attention_mask"].sum())
+        run.tokens.task += loss.forward * tokens
+        on_step(step, value)
+        if step % every == 0 or step == steps:
+            began = perf_counter()
+            with method.evaluating():
+                now = measure(model)
+            run.seconds.evaluation += perf_counter() - began
+            point = Point(
+                step=step, task_loss=now.task, alignment_loss=now.alignment, seconds=trained
+            )
+            run.curve.append(point)
+            on_point(point)
+    cost = method.cost
+    run.seconds.safety = cost.seconds
+    run.seconds.task = trained - cost.seconds
+    run.seconds.total = trained + run.seconds.evaluation
+    run.passes.safety_forward, run.passes.safety_backward = cost.forward, cost.backward
+    run.tokens.safety_forward = cost.forward_tokens
+    run.tokens.safety_backward = cost.backward_tokens
+    return run

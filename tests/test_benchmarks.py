@@ -1,0 +1,339 @@
+"""The benchmark on the tiny model: configs, runs, resuming, determinism, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks import tiny
+from benchmarks.__main__ import app, main
+from benchmarks.config import CONFIGS, ConfigError, LoraConfig, RunConfig, load_config
+from benchmarks.figures import summaries, targets
+from benchmarks.methods import Setup
+from benchmarks.methods.replay import Replay, ReplayOptions
+from benchmarks.models import trainable
+from benchmarks.prefix import greedy, response_nll
+from benchmarks.records import Result, read_result, write_result
+from benchmarks.report import report
+from benchmarks.run import run
+from benchmarks.tasks import batches, material, single_batches, task_loss
+
+QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_training():
+    """Refusals need not be perfect here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "STEPS", 60)
+        tiny._trained_state.cache_clear()
+        yield
+    tiny._trained_state.cache_clear()
+
+
+def plain_config() -> dict:
+    config = yaml.safe_load((CONFIGS / "demo-tiny.yaml").read_text(encoding="utf-8"))
+    config["steps"] = 4
+    config["evaluation"] = {
+        "every": 2,
+        "alignment_prompts": 8,
+        "refusal_prompts": 4,
+        "over_refusal_prompts": 4,
+        "new_tokens": 4,
+    }
+    return config
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return RunConfig.model_validate(plain_config())
+
+
+def without_timings(value):
+    if isinstance(value, dict):
+        return {
+            key: without_timings(inner)
+            for key, inner in value.items()
+            if key not in ("seconds", "peak_bytes")
+        }
+    return [without_timings(inner) for inner in value] if isinstance(value, list) else value
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 4}, "stepz: no such setting"),
+        ({"steps": 0}, "steps=0: Input should be greater than 0"),
+        ({"task": {"name": "poetry"}}, "task.name='poetry'"),
+        ({"methods": []}, "methods=[]"),
+        ({"methods": [{"name": "magic"}]}, "no method has this name; known are adamw"),
+        ({"methods": [{"name": "adamw", "rank": 3}]}, "rank: no such setting"),
+        ({"methods": [{"name": "replay", "weight": -1}]}, "weight=-1: Input should be greater"),
+        ({"methods": [{"name": "projected_adamw", "rnak": 3}]}, "rnak: no argument of Projected"),
+        ({"methods": [{"name": "projected_adamw", "rank": 0}]}, "rank=0: "),
+        ({"methods": [{"name": "projected_adamw", "refresh": {"often": 1}}]}, "often"),
+        ({"methods": [{"name": "adamw"}, {"name": "adamw"}]}, "adamw: listed twice"),
+        ({"seeds": [1, 1]}, "each seed may stand there once"),
+        ({"model": {"name": "some/model"}}, "use both or neither"),
+        ({"evaluation": {"split": "train"}}, "evaluation.split='train'"),
+    ],
+)
+def test_wrong_configs_are_explained(tmp_path: Path, change: dict, message: str):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({**plain_config(), **change}), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "a: [", "just words"])
+def test_files_that_are_no_config(tmp_path: Path, text: str):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"expected a mapping|no valid YAML"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path: Path):
+    assert load_config(path).methods
+
+
+def test_too_many_prompts_are_refused(config: RunConfig):
+    changed = plain_config()
+    changed["evaluation"]["refusal_prompts"] = 10_000
+    with pytest.raises(ConfigError, match=r"refusal_prompts=10000: there are only \d+"):
+        material(RunConfig.model_validate(changed), tiny.tokenizer())
+
+
+def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert "no finished run there" in shown
+    assert "Traceback" not in shown
+
+
+# --- passes ---
+
+
+def test_sharing_the_prefix_changes_nothing(config: RunConfig):
+    model = tiny.model()
+    rows = material(config, tiny.tokenizer())
+    for examples in (rows.alignment, rows.held_out, rows.alignment[:1]):
+        shared, plain = response_nll(model, examples), response_nll(model, examples, share=False)
+        assert torch.equal(shared[1], plain[1])
+        torch.testing.assert_close(shared[0], plain[0], rtol=1e-5, atol=1e-5)
+    prompts = [row["input_ids"][:-5] for row in rows.alignment]
+    assert greedy(model, prompts, 6, [2]) == greedy(model, prompts, 6, [2], share=False)
+
+
+def test_the_response_loss_is_the_model_s_own(config: RunConfig):
+    model = tiny.model()
+    row = material(config, tiny.tokenizer()).held_out[0]
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    with torch.no_grad():
+        expected = float(model(input_ids=ids, labels=labels).loss)
+    sums, counts = response_nll(model, [row])
+    assert float(sums / counts) == pytest.approx(expected, rel=1e-5)
+    batch = next(batches([row], 1, 1, 0, 0, CPU))
+    assert task_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["full", "lora"])
+def test_a_run_leaves_the_starting_point_as_it_was(lora: LoraConfig | None):
+    model = tiny.model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with trainable(model, lora, seed=0) as (trained, params):
+        assert trained.training
+        with torch.no_grad():
+            for parameter in params:
+                parameter += 1
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not model.training
+
+
+def test_replay_follows_the_gradient_of_both_losses(config: RunConfig):
+    model, rows = tiny.model(), material(config, tiny.tokenizer())
+    batch = next(batches(rows.train, 4, 1, 0, rows.pad, CPU))
+    safety = single_batches(rows.safety, 0, CPU)
+    params = list(model.parameters())
+    method = Replay(Setup(model, params, safety, [], 1e-3, 0), ReplayOptions(weight=0.5))
+
+    class Loss:
+        def __init__(self):
+            self.batch = batch
+
+        def __call__(self):
+            return task_loss(model, batch)
+
+    expected = torch.autograd.grad(
+        task_loss(model, batch) + 0.5 * task_loss(model, safety[0]), params
+    )
+    method.step(Loss())
+    for parameter, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert (method.cost.forward, method.cost.backward) == (1, 1)
+    assert method.cost.backward_tokens == safety[0]["input_ids"].shape[1]
+    assert method.cost.seconds > 0
+
+
+# --- runs ---
+
+
+def test_the_tiny_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "demo-tiny.yaml").write_text(yaml.safe_dump(plain_config()), encoding="utf-8")
+    monkeypatch.setattr("benchmarks.__main__.CONFIGS", folder)
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["demo", "--tiny", "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+    result = Result.model_validate_json((out / "result.json").read_text(encoding="utf-8"))
+    assert [record.method for record in result.records] == ["adamw", "replay", "projected_adamw"]
+    for record in result.records:
+        assert [point.step for point in record.curve] == [0, 2, 4]
+        assert record.curve[0] == result.records[0].curve[0]
+        assert record.curve[-1].task_loss == record.task_loss.end < record.task_loss.start
+        assert record.passes.task_forward == record.passes.task_backward == 4
+        assert record.peak_bytes > 10**7
+        seconds = record.seconds
+        assert seconds.total == pytest.approx(seconds.task + seconds.safety + seconds.evaluation)
+    adamw, replay, ours = result.records
+    assert adamw.passes.safety_forward == adamw.tokens.safety_forward == 0
+    assert adamw.seconds.safety == 0
+    assert replay.passes.safety_forward == replay.passes.safety_backward == 4
+    assert ours.passes.safety_forward > 0
+
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml") == 3
+    assert "http://" not in page
+    assert "https://" not in page
+    for name in ("alignment_loss", "task_loss", "frontier"):
+        assert (out / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_crash_keeps_what_is_finished(tmp_path: Path, config: RunConfig, monkeypatch):
+    whole = run(config, tmp_path / "whole", QUIET)
+
+    def crash(self):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replay, "after_backward", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "crashed", QUIET)
+    kept = read_result(tmp_path / "crashed")
+    assert [record.method for record in kept.records] == ["adamw"]
+    assert not list((tmp_path / "crashed").glob("*.partial"))
+
+    resumed = run(config, tmp_path / "crashed", QUIET)
+    assert resumed.records[0] == kept.records[0]
+    # The same numbers as without the crash: this is also the test that runs are deterministic.
+    assert without_timings(resumed.model_dump()) == without_timings(whole.model_dump())
+    again = json.loads((tmp_path / "crashed" / "result.json").read_text(encoding="utf-8"))
+    assert run(config, tmp_path / "crashed", QUIET).model_dump(mode="json") == again
+
+
+def test_a_folder_belongs_to_one_config(tmp_path: Path, config: RunConfig):
+    other = RunConfig.model_validate({**plain_config(), "steps": 5})
+    write_result(Result(environment={}, config=other.as_json()), tmp_path)
+    with pytest.raises(ConfigError, match="the result of another config"):
+        run(config, tmp_path, QUIET)
+    (tmp_path / "result.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="no result of this benchmark"):
+        run(config, tmp_path, QUIET)
+
+
+# --- figures ---
+
+
+def record(method: str, alignment: tuple, task: float, refusal: float, safety: float) -> dict:
+    curve = [
+        {"step": step, "task_loss": 2.0, "alignment_loss": value, "seconds": step}
+        for step, value in enumerate(alignment)
+    ]
+    return {
+        "method": method,
+        "model": "m",
+        "task": "t",
+        "seed": 0,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "batch_tokens": 512,
+        "curve": curve,
+        "alignment_loss": {"start": alignment[0], "end": alignment[-1]},
+        "task_loss": {"start": 2.0, "end": task},
+        "refusal_rate": {"start": 0.8, "end": refusal},
+        "over_refusal_rate": {"start": 0.1, "end": 0.11},
+        "seconds": {"total": 110, "task": 90, "safety": safety, "evaluation": 10},
+        "passes": dict.fromkeys(
+            ("task_forward", "task_backward", "safety_forward", "safety_backward"), 2
+        ),
+        "tokens": {"task": 1024, "safety_forward": 128, "safety_backward": 128},
+        "peak_bytes": 10**9,
+    }
+
+
+@pytest.fixture
+def invented() -> Result:
+    return Result.model_validate(
+        {
+            "records": [
+                record("adamw", (0.1, 0.7, 0.5), 1.0, 0.2, 0),
+                record("replay", (0.1, 0.1, 0.1), 1.0, 0.8, 8),
+                record("projected_adamw", (0.1, 0.4, 0.12), 1.02, 0.8, 10),
+            ],
+            "environment": {"packages": {}},
+            "config": {**RunConfig.model_validate(plain_config()).as_json()},
+        }
+    )
+
+
+def test_figures_against_their_targets(invented: Result):
+    methods = summaries(invented)
+    reached = {t.name: t.figures.get("projected_adamw") for t in targets(methods)}
+    lost = targets(methods)[0].figures["adamw"]
+    assert (lost.text, lost.met) == ("60 points", True)
+    figures = {name: (f.text, f.met) for name, f in reached.items() if f}
+    assert figures == {
+        "rise in alignment loss, share of AdamW's": ("5.0%", True),
+        "largest rise at any measured step, share of AdamW's largest": ("50%", False),
+        "refusals kept": ("100%", True),
+        "task loss against AdamW's": ("+2.0%", False),
+        "change in over-refusal": ("+1.0 points", True),
+        "safety's share of the training time": ("10%", True),
+        "safety's time against replay's": ("125%", False),
+    }
+    ours = methods[2]
+    assert ours.share_large == pytest.approx(10 / (10 + 90 * 32))
+    assert ours.share_tokens == pytest.approx(256 / (2048 + 256))
+
+
+def test_a_figure_that_falls_short_is_shown(invented: Result, tmp_path: Path):
+    write_result(invented, tmp_path)
+    console = Console(record=True, width=120, file=(tmp_path / "shown.txt").open("w"))
+    page = report(tmp_path, console).read_text(encoding="utf-8")
+    for shown in (console.export_text(), page):
+        assert "✗ 50%" in shown
+        assert "✗ 125%" in shown
+        assert "at most 25%" in shown
+    assert "3 figures fall short" in page
