@@ -190,9 +190,13 @@ class _Recorder(AbstractContextManager["_Recorder"]):
                     output = functional_call(module, {**weights, **leaves}, inputs, named)
             finally:
                 self._replaying = False
-            gradients = torch.autograd.grad(
-                output, list(leaves.values()), b[example : example + 1], allow_unused=True
-            )
+            part = b[example : example + 1]
+            if output.shape != part.shape:  # an argument could not be cut down to one example
+                self.mixed.update(own.values())
+                return
+            if not output.requires_grad:  # the module does not use the parameters it owns
+                continue
+            gradients = torch.autograd.grad(output, list(leaves.values()), part, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     self.rows[own[name]][example] += gradient

@@ -124,12 +124,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_entry(entry: Any) -> bool:
     """Whether a history entry has the numbers of a `Measurement`."""
-    step, loss, *optional, examples = entry
-    return (
-        len(optional) == 2
-        and all(map(_is_number, (step, loss, examples)))
-        and all(x is None or _is_number(x) for x in optional)
-    )
+    if not (isinstance(entry, list) and len(entry) == 5):
+        return False
+    step, loss, predicted, restored, examples = entry
+    optional = [x for x in (predicted, restored) if x is not None]
+    return all(map(_is_number, (step, loss, *optional, examples)))
 
 
 def load_state(

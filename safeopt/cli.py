@@ -1,0 +1,184 @@
+"""The command line: ``safeopt finetune``."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from safeopt.finetuning.config import FinetuneConfig
+
+app = typer.Typer(
+    help="Fine-tune an aligned language model without losing its alignment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+_DEFAULTS = FinetuneConfig  # one source for the defaults of library and command line
+
+
+@app.callback()
+def _commands() -> None:
+    """Fine-tune an aligned language model without losing its alignment."""
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Option(help="Folder, hub name or GGUF file of an aligned model.")],
+    train: Annotated[Path, typer.Option(help="JSON lines to learn from.")],
+    safety: Annotated[Path, typer.Option(help="JSON lines with harmful prompts.")],
+    out: Annotated[Path, typer.Option(help="Folder for adapter, checkpoints, report and plot.")],
+    harmless: Annotated[
+        Path | None, typer.Option(help="JSON lines with prompts that must not be refused.")
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="projected-adamw, or adamw for comparison.")
+    ] = _DEFAULTS.optimizer,
+    full: Annotated[bool, typer.Option("--full", help="Train all parameters, no LoRA.")] = False,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = _DEFAULTS.lora_rank,
+    lora_alpha: Annotated[int, typer.Option(help="Scale of the adapter.")] = _DEFAULTS.lora_alpha,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate.")
+    ] = _DEFAULTS.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decoupled weight decay.")
+    ] = _DEFAULTS.weight_decay,
+    warmup_steps: Annotated[int, typer.Option(help="Linear warm-up.")] = _DEFAULTS.warmup_steps,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = _DEFAULTS.epochs,
+    max_steps: Annotated[
+        int, typer.Option(help="Optimizer steps; -1: by epochs.")
+    ] = _DEFAULTS.max_steps,
+    batch_size: Annotated[int, typer.Option(help="Examples in a pass.")] = _DEFAULTS.batch_size,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Passes for one step.")
+    ] = _DEFAULTS.gradient_accumulation,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens after which an example is cut.")
+    ] = _DEFAULTS.max_length,
+    rank: Annotated[int, typer.Option(help="Directions of the subspace.")] = _DEFAULTS.rank,
+    budget: Annotated[
+        float, typer.Option(help="Accepted rise of the alignment loss, nats a token.")
+    ] = _DEFAULTS.budget,
+    save_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints.")
+    ] = _DEFAULTS.save_steps,
+    logging_steps: Annotated[
+        int, typer.Option(help="Steps between lines of the log.")
+    ] = _DEFAULTS.logging_steps,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULTS.seed,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again although --out holds a run.")
+    ] = False,
+) -> None:
+    """Fine-tune with LoRA (or --full), keeping the refusals of the safety prompts."""
+    given = dict(locals())
+    with _readable_errors():
+        _finetune(FinetuneConfig(**given))
+
+
+def _finetune(config: FinetuneConfig) -> None:
+    with console.status("loading and checking the model, the data and the safety prompts"):
+        from transformers.utils import logging as transformers_logging
+
+        from safeopt.finetuning import Progress, prepare, run
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        prepared = prepare(config)
+    used, asked = prepared.refused
+    console.print(
+        f"{len(prepared.rows)} training examples; {used} of {asked} safety prompts are refused and "
+        "protected"
+    )
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    task = bar.add_task("starting", total=None)
+
+    def show(progress: Progress) -> None:
+        bar.update(
+            task,
+            completed=progress.step,
+            total=progress.max_steps,
+            description=_description(progress),
+        )
+
+    with bar, _interruptible() as interrupted:
+        outcome = run(prepared, show, interrupted)
+    if outcome.finished:
+        console.print(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
+        return
+    arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
+    again = shlex.join(["safeopt", *arguments, *(() if config.resume else ("--resume",))])
+    console.print(f"[yellow]interrupted; a checkpoint was saved. Continue with[/]\n  {again}")
+    raise typer.Exit(130)
+
+
+def _description(progress: Any) -> str:
+    """One line: task loss, alignment loss measured (predicted), coupling, share of safety."""
+    parts = []
+    if progress.task_loss is not None:
+        parts.append(f"task {progress.task_loss:.3f}")
+    figures = progress.figures
+    if "alignment_loss" in figures:
+        parts.append(
+            f"alignment {figures['alignment_loss']:.3f} measured, "
+            f"{figures['alignment_predicted']:.3f} predicted"
+        )
+    if "coupling" in figures:
+        parts.append(f"coupling {figures['coupling']:.2g}")
+    if figures:
+        parts.append(f"safety {progress.safety_share:.0%} of the time")
+    return " · ".join(parts)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Turn the first Ctrl-C into a request to stop at the end of the step."""
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.print("[yellow]stopping after this step (Ctrl-C again: at once)[/]")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """What the user can mend is one sentence, not a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def main() -> None:
+    """Entry point of the ``safeopt`` command."""
+    app()

@@ -1,0 +1,203 @@
+"""Train with Hugging Face Trainer, protected, and write adapter, checkpoints, report and plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from safeopt.data import collate
+from safeopt.finetuning.config import ADAMW
+from safeopt.finetuning.curves import save_curves
+from safeopt.finetuning.prepare import REPORT, Prepared
+from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step.
+
+    Attributes:
+        step: optimizer steps taken.
+        max_steps: steps of the whole run.
+        task_loss: of the last logged step, None before.
+        figures: alignment loss measured and predicted, and coupling, as far as known.
+        safety_share: share of the time since the start that went into safety passes.
+    """
+
+    step: int
+    max_steps: int
+    task_loss: float | None
+    figures: dict[str, float]
+    safety_share: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        finished: False if it was interrupted; a checkpoint was saved then.
+        folder: where the adapter or model lies.
+        report: what was written to ``run.json``.
+    """
+
+    finished: bool
+    folder: Path
+    report: dict[str, Any]
+
+
+def run(
+    prepared: Prepared,
+    listener: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train a prepared run and write its results.
+
+    Args:
+        prepared: from `prepare`.
+        listener: called after every step.
+        should_stop: asked after every step; True saves a checkpoint and ends the run.
+
+    Returns:
+        How it ended.
+    """
+    config = prepared.config
+    out = Path(config.out)
+    watcher = _Watcher(prepared, listener, should_stop)
+    callbacks: list[TrainerCallback] = [watcher]
+    if config.optimizer != ADAMW:
+        callbacks.append(SafetyCallback())
+    trainer = Trainer(
+        model=prepared.model,
+        args=TrainingArguments(
+            output_dir=str(out),
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps,
+            warmup_steps=config.warmup_steps,
+            learning_rate=config.learning_rate,
+            logging_steps=config.logging_steps,
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            seed=config.seed,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=_Rows(prepared.rows),
+        data_collator=_Collator(prepared.tokenizer.pad_token_id),
+        processing_class=prepared.tokenizer,
+        optimizers=(prepared.optimizer, None),
+        callbacks=callbacks,
+    )
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    finished = not watcher.stopped
+    folder = out / ("model" if config.full else "adapter")
+    if finished:
+        trainer.save_model(str(folder))
+        prepared.tokenizer.save_pretrained(str(folder))
+    report = _report(prepared, trainer, finished, time.perf_counter() - began)
+    write_json(out / REPORT, report)
+    save_curves(report, out / "curves.png")
+    return Outcome(finished, folder, report)
+
+
+class _Rows:
+    """Encoded examples as the dataset that Trainer expects."""
+
+    def __init__(self, rows: Sequence[dict[str, list[int]]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+class _Collator:
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        return collate(rows, self.pad_id)
+
+
+class _Watcher(TrainerCallback):
+    """Reports progress and ends the run at a step's end when asked to."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        listener: Callable[[Progress], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.prepared = prepared
+        self.listener = listener
+        self.should_stop = should_stop
+        self.stopped = False
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.should_stop() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+        protected = self.prepared.config.optimizer != ADAMW
+        optimizer = unwrapped(kwargs["optimizer"])
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.listener(
+            Progress(
+                state.global_step,
+                state.max_steps,
+                losses[-1] if losses else None,
+                safety_figures(safety_of(optimizer)) if protected else {},
+                self.prepared.probe.passes.seconds / (time.perf_counter() - self._began),
+            )
+        )
+
+
+def _report(prepared: Prepared, trainer: Any, finished: bool, seconds: float) -> dict[str, Any]:
+    """What ``run.json`` holds: choices, counts, the log, measurements, cost and versions."""
+    config = prepared.config
+    report: dict[str, Any] = {
+        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "finished": finished,
+        "steps": trainer.state.global_step,
+        "train_examples": len(prepared.rows),
+        "safety_prompts": {"used": prepared.refused[0], "given": prepared.refused[1]},
+        "trainable_parameters": sum(
+            p.numel() for p in prepared.model.parameters() if p.requires_grad
+        ),
+        "log": trainer.state.log_history,
+        "measurements": [],
+        "passes": prepared.probe.passes.as_dict(),
+        "seconds": seconds,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        },
+    }
+    if config.optimizer != ADAMW:
+        history = safety_of(prepared.optimizer).history
+        report["measurements"] = [asdict(measurement) for measurement in history]
+    return report
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    working = path.with_name(path.name + ".partial")
+    working.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    working.replace(path)

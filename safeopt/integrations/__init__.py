@@ -1,0 +1,1 @@
+"""safeopt inside other libraries' training loops."""
