@@ -12,7 +12,8 @@ Old losses are carried along by their own linear models, ℓ_j(c) = ℓ_j + R_j�
 
 Two kinds of examples share the window. A safety example is a harmful prompt with its refusal: its
 loss should return to the reference. A held example is a harmless prompt with the same refusal: its
-loss should stay as it is, for a step that makes every prompt be refused also lowers A.
+loss should not fall below what it was, for a step after which every prompt is refused lowers A
+too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class SafetySubspace:
         eigenvalues: Λ, shape ``(k,)``, float64, largest first.
         coefficients: R, shape ``(w, k)``, float64: each window example's gradient in the basis.
         losses: shape ``(w,)``, float64: each window example's alignment loss at the anchor.
-        targets: shape ``(w,)``, float64: what a held example's loss should be; nan for a safety
+        targets: shape ``(w,)``, float64: a held example's loss before fine-tuning; nan for a safety
             example.
         anchor: Uᵀθ_r, shape ``(k,)``, float64; θ_r itself is not stored.
         surrogate: the quadratic model of the alignment loss around the anchor.
@@ -69,16 +70,18 @@ class SafetySubspace:
 
         It minimises ½Σ_j (e_j + R_j·c)² in Levenberg-Marquardt form: c = −Rᵀ(K + δ diag K)⁻¹e with
         K = RRᵀ. e_j is a safety example's excess over the reference (none below it) and a held
-        example's departure from its target. Scaling the damping by diag K makes the step
-        independent of the gradients' lengths, which differ by orders of magnitude between examples
-        that the model refuses firmly and those it does not.
+        example's shortfall from its target (none above it). Scaling the damping by diag K makes the
+        step independent of the gradients' lengths, which differ by orders of magnitude between
+        examples that the model refuses firmly and those it does not.
 
         Args:
             reference: alignment loss before fine-tuning, in nats a token.
             damping: δ > 0.
         """
         excess = torch.where(
-            self.targets.isnan(), (self.losses - reference).clamp(min=0), self.losses - self.targets
+            self.targets.isnan(),
+            (self.losses - reference).clamp(min=0),
+            (self.losses - self.targets).clamp(max=0),
         )
         products = self.coefficients @ self.coefficients.T
         diagonal = products.diagonal()
@@ -99,7 +102,7 @@ def updated_subspace(
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
     losses: Tensor,
-    held: int = 0,
+    targets: Tensor,
     *,
     rank: int,
     window: int,
@@ -111,7 +114,7 @@ def updated_subspace(
         params: the present parameters, one tensor each.
         rows: gradients of q new safety examples, one tensor ``(q, *p.shape)`` for each parameter.
         losses: their alignment losses, shape ``(q,)``.
-        held: how many of them, at the end, are held examples.
+        targets: the held examples' losses before fine-tuning, nan for safety examples; ``(q,)``.
         rank: the largest number of directions.
         window: the largest number of examples, at least q.
 
@@ -121,8 +124,7 @@ def updated_subspace(
         previous one's.
     """
     fresh = losses.to(torch.float64)
-    safety = len(fresh) - held
-    targets = torch.where(torch.arange(len(fresh)) < safety, torch.nan, fresh.cpu()).to(fresh)
+    targets = targets.to(fresh)
     kept = 0 if previous is None else min(window - len(fresh), len(previous.losses))
     if previous is None or kept <= 0 or previous.rank == 0:
         all_rows, all_losses, all_targets, scale = list(rows), fresh, targets, 1.0
@@ -149,5 +151,5 @@ def updated_subspace(
         all_losses,
         all_targets,
         basis.coordinates(params),
-        Surrogate(float(fresh[:safety].mean()), gradient, eigenvalues, scale),
+        Surrogate(float(fresh[targets.isnan()].mean()), gradient, eigenvalues, scale),
     )

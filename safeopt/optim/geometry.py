@@ -37,6 +37,10 @@ logger = logging.getLogger("safeopt")
 # way back. So the Gauss-Newton step is taken at twice its length unless the line search objects.
 _FULL_LENGTH = 2.0
 _LENGTHS = (_FULL_LENGTH, 1.0, 0.5, 0.25)
+# Held examples come round again and again, so that each one's loss before fine-tuning is known.
+_HELD_POOL = 8
+# The reference is a mean over at least so many safety examples.
+_FIRST_LOOK = 4
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class SafetyGeometry:
         self.last_refresh = 0
         order = _permutation(len(probe), config.seed)
         self._trial, self._pool = order[: config.trial_examples], order[config.trial_examples :]
-        self._held_pool = [len(probe) + i for i in _permutation(probe.held_count, config.seed)]
+        held = [len(probe) + i for i in _permutation(probe.held_count, config.seed)]
+        self._held_pool = held[:_HELD_POOL]
+        self._held_targets = torch.zeros(0, dtype=torch.float64)
         self._drawn = 0
         self._held_drawn = 0
         self._position = torch.zeros(0, dtype=torch.float64)  # c after the last step
@@ -131,7 +137,9 @@ class SafetyGeometry:
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
-            self._estimate(params, self.config.examples)
+            if self._held_pool:
+                self._held_targets = self.probe.values(self._held_pool).double()
+            self._estimate(params, max(self.config.examples, _FIRST_LOOK))
             self.reference = self.history[-1].alignment_loss
 
     def after_step(self, params: Sequence[Tensor], learning_rate: float) -> None:
@@ -200,6 +208,7 @@ class SafetyGeometry:
         return {
             "position": self._position,
             "taken_back": self._taken_back,
+            "held_targets": self._held_targets,
             "first_drift": self._first_drift,
             "last_gradient": self._last_gradient,
         }
@@ -219,6 +228,7 @@ class SafetyGeometry:
         empty = torch.zeros(0, dtype=torch.float64)
         self._position = vectors.get("position", empty)  # type: ignore[assignment]
         self._taken_back = vectors.get("taken_back", empty)  # type: ignore[assignment]
+        self._held_targets = vectors.get("held_targets", empty)  # type: ignore[assignment]
         self._first_drift = vectors.get("first_drift")
         self._last_gradient = vectors.get("last_gradient")
 
@@ -253,12 +263,21 @@ class SafetyGeometry:
         steps = self.step_count - self.last_refresh
         self._estimate(params, min(max(steps, 2), self.config.examples))
         latest = self.history[-1]
-        too_high = latest.alignment_loss > self.reference + self.config.budget
-        if self.config.restore and self.config.curvature == "fisher" and too_high:
+        lost = latest.alignment_loss > self.reference + self.config.budget
+        if not self.config.restore or self.config.curvature != "fisher":
+            return
+        if lost or self._held_shortfall() > self.config.budget:
             # A refresh that follows soon is the check of this one; a late one makes its own.
-            search = search or latest.examples >= 2 * self.config.trial_examples
+            search = lost and (search or latest.examples >= 2 * self.config.trial_examples)
             restored = self._newton_step(params, search=search)
             self.history[-1] = replace(latest, restored_to=restored)
+
+    def _held_shortfall(self) -> float:
+        """How far the window's held examples have fallen below their targets, in nats a token."""
+        assert self.subspace is not None
+        shortfall = (self.subspace.targets - self.subspace.losses).clamp(min=0)
+        held = shortfall[~shortfall.isnan()]
+        return float(held.mean()) if len(held) else 0.0
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> None:
         """Draw examples, measure the alignment loss and renew the subspace at ``params``."""
@@ -273,11 +292,10 @@ class SafetyGeometry:
         count = min(count, len(self._pool))
         safety = [self._pool[(self._drawn + i) % len(self._pool)] for i in range(count)]
         held_count = min(math.ceil(count / 2), len(self._held_pool))
-        held = [
-            self._held_pool[(self._held_drawn + i) % len(self._held_pool)]
-            for i in range(held_count)
-        ]
-        losses, rows = self.probe.per_example(params, safety + held)
+        held = [(self._held_drawn + i) % len(self._held_pool) for i in range(held_count)]
+        losses, rows = self.probe.per_example(params, safety + [self._held_pool[i] for i in held])
+        targets = torch.full((count + held_count,), torch.nan, dtype=torch.float64)
+        targets[count:] = self._held_targets[held].to(targets)
         if self.config.curvature == "random":
             rows = self._random_rows(rows)
         self.subspace = updated_subspace(
@@ -285,12 +303,12 @@ class SafetyGeometry:
             params,
             rows,
             losses,
-            len(held),
+            targets,
             rank=self.config.rank,
             window=self.config.window,
         )
-        self._drawn += len(safety)
-        self._held_drawn += len(held)
+        self._drawn += count
+        self._held_drawn += held_count
         self.last_refresh = self.step_count
         self._position = torch.zeros_like(self.subspace.anchor)
         self._taken_back = torch.zeros_like(self.subspace.anchor)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION = 1
 _COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn")
 _NUMBERS = ("reference", "coupling")
-# The tensors of a subspace by their shapes: k directions, w examples in the window.
+# The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
 _SHAPES = {
     "eigenvalues": "k",
     "coefficients": "wk",
@@ -35,6 +35,7 @@ _SHAPES = {
     "gradient": "k",
     "position": "k",
     "taken_back": "k",
+    "held_targets": "h",
 }
 _OPTIONAL = ("first_drift", "last_gradient")  # k numbers, or None
 
@@ -94,7 +95,11 @@ def _check_subspace(subspace: Mapping[str, Any], params: Sequence[Tensor]) -> No
     absent = {*_SHAPES, *_OPTIONAL, "basis", "value", "scale"} - set(subspace)
     if absent:
         raise ValueError(f"{where}: {', '.join(sorted(absent))} is missing")
-    sizes = {"k": subspace["eigenvalues"].numel(), "w": subspace["losses"].numel()}
+    sizes = {
+        "k": subspace["eigenvalues"].numel(),
+        "w": subspace["losses"].numel(),
+        "h": subspace["held_targets"].numel(),
+    }
     present = [name for name in _OPTIONAL if subspace[name] is not None]
     for name in (*_SHAPES, *present):
         expected = tuple(sizes[letter] for letter in _SHAPES.get(name, "k"))
@@ -154,6 +159,7 @@ def load_state(
         vectors = {
             "position": small["position"],
             "taken_back": small["taken_back"],
+            "held_targets": small["held_targets"],
             **{name: _copy(stored[name], device) for name in _OPTIONAL},
         }
     for name, value in state["passes"].items():

@@ -1,0 +1,99 @@
+"""Chat data: the three forms of a line, their errors, and what is labelled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import tiny
+from safeopt.data import ChatExample, collate, encode, read_examples, safety_batches
+from safeopt.losses import IGNORE
+
+ASK = {"role": "user", "content": "how do i make a cake"}
+SAY = {"role": "assistant", "content": "sure , first take the cake"}
+
+
+def write(path, *lines):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": ASK["content"], "response": SAY["content"]},
+        {"messages": [ASK, SAY]},
+        {"instruction": ASK["content"], "output": SAY["content"]},
+    ],
+)
+def test_all_forms_read_the_same(tmp_path, line):
+    path = write(tmp_path / "data.jsonl", line, "", line)
+    assert read_examples(path) == [ChatExample((ASK, SAY))] * 2
+
+
+def test_an_input_follows_its_instruction(tmp_path):
+    line = {"instruction": "Sum up.", "input": "A text.", "output": "Text."}
+    (example,) = read_examples(write(tmp_path / "data.jsonl", line))
+    assert example.prompt[0]["content"] == "Sum up.\n\nA text."
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "data.jsonl:2: not valid JSON"),
+        ("[1]", "data.jsonl:2: expected a JSON object"),
+        ({"question": "?"}, r"data.jsonl:2: found the keys \['question'\]"),
+        ({"prompt": "  ", "response": "x"}, "data.jsonl:2: prompt: expected a text"),
+        ({"prompt": "x", "response": 3}, "data.jsonl:2: response: expected a text"),
+        ({"prompt": "x"}, "data.jsonl:2: there is no response"),
+        ({"messages": []}, "data.jsonl:2: messages: expected a list"),
+        ({"messages": [{"role": "user"}]}, "data.jsonl:2: content: expected a text"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, line, words):
+    good = {"prompt": "x", "response": "y"}
+    with pytest.raises(ValueError, match=words):
+        read_examples(write(tmp_path / "data.jsonl", good, line))
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="is empty"):
+        read_examples(write(tmp_path / "empty.jsonl", "", ""))
+
+
+def test_safety_prompts_need_no_response(tmp_path):
+    path = write(tmp_path / "safety.jsonl", {"prompt": "x"})
+    assert read_examples(path, need_response=False)[0].response is None
+
+
+def test_only_the_response_and_its_end_are_labelled():
+    words = tiny.tokenizer()
+    row = encode(words, ChatExample((ASK, SAY)))
+    labelled = [
+        token
+        for token, label in zip(row["input_ids"], row["labels"], strict=True)
+        if label != IGNORE
+    ]
+    assert words.decode(labelled) == f"{SAY['content']} <|end|>"
+    assert encode(words, ChatExample((ASK, SAY)), 5)["input_ids"] == row["input_ids"][:5]
+
+
+def test_no_chat_template_is_an_error():
+    words = tiny.tokenizer.__wrapped__()
+    words.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode(words, ChatExample((ASK, SAY)))
+
+
+def test_batches_are_padded_on_the_side_asked_for():
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    assert collate(rows, 0)["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    left = collate(rows, 0, side="left")
+    assert left["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, IGNORE, 4]]
+    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    with pytest.raises(ValueError, match="responses: 1 for 2 prompts"):
+        safety_batches(tiny.tokenizer(), ["a", "b"], ["c"])
