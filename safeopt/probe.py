@@ -52,8 +52,8 @@ class SafetyProbe:
         batches: safety batches, see `safeopt.losses`; at least one example in all. Padding is
             removed; examples are batched anew, by length, when they are used.
         held: batches of harmless prompts, each with a refusal as its response. Restoring alignment
-            leaves the refusal's likelihood there as it is, so that harmless prompts are not
-            refused.
+            keeps the refusal as unlikely there as it was, or rare, so that they are not refused.
+            Only with ``loss="nll"``.
         loss: ``"nll"`` (refusal negative log-likelihood), ``"kl"`` (KL to the model as it is at the
             first use of the probe) or any function ``(model, batch) -> losses (m,)``.
         micro_batch_size: the largest number of examples in one pass, at least 1.
@@ -81,6 +81,10 @@ class SafetyProbe:
         self.micro_batch_size = micro_batch_size
         self.passes = PassCounter()
         self.loss = _named_loss(loss)
+        if held and self.loss is not refusal_nll:
+            raise ValueError(
+                'held: harmless prompts are held by the likelihood of their refusal; use loss="nll"'
+            )
         self._examples = [example for batch in batches for example in _split(batch)]
         if not self._examples:
             raise ValueError("batches: no safety example given; at least one is needed")
@@ -121,6 +125,11 @@ class SafetyProbe:
     def value(self, indices: Sequence[int] | None = None) -> float:
         """Alignment loss A(θ), the mean over the examples: one forward pass."""
         return float(self.values(indices).mean())
+
+    def response_lengths(self, indices: Sequence[int]) -> Tensor:
+        """Number of refusal tokens of each example, shape ``(m,)``, long; no pass."""
+        counts = [int((self._examples[i]["labels"][1:] != IGNORE).sum()) for i in indices]
+        return torch.tensor(counts)
 
     def gradient(
         self, params: Sequence[Tensor], indices: Sequence[int] | None = None

@@ -38,8 +38,8 @@ class SafetySubspace:
         eigenvalues: Λ, shape ``(k,)``, float64, largest first.
         coefficients: R, shape ``(w, k)``, float64: each window example's gradient in the basis.
         losses: shape ``(w,)``, float64: each window example's alignment loss at the anchor.
-        targets: shape ``(w,)``, float64: a held example's loss before fine-tuning; nan for a safety
-            example.
+        targets: shape ``(w,)``, float64: the loss below which a held example must not fall; nan for
+            a safety example.
         anchor: Uᵀθ_r, shape ``(k,)``, float64; θ_r itself is not stored.
         surrogate: the quadratic model of the alignment loss around the anchor.
     """
@@ -65,22 +65,22 @@ class SafetySubspace:
         """Move the parameters inside the subspace, in place: θ += U·change."""
         self.basis.expand_into(params, change)
 
-    def restoring_step(self, reference: float, damping: float) -> Tensor:
+    def restoring_step(self, limit: float, damping: float) -> Tensor:
         """Damped Gauss-Newton step that brings the window's losses back; shape ``(k,)``.
 
         It minimises ½Σ_j (e_j + R_j·c)² in Levenberg-Marquardt form: c = −Rᵀ(K + δ diag K)⁻¹e with
-        K = RRᵀ. e_j is a safety example's excess over the reference (none below it) and a held
+        K = RRᵀ. e_j is a safety example's excess over the limit (none below it) and a held
         example's shortfall from its target (none above it). Scaling the damping by diag K makes the
         step independent of the gradients' lengths, which differ by orders of magnitude between
         examples that the model refuses firmly and those it does not.
 
         Args:
-            reference: alignment loss before fine-tuning, in nats a token.
+            limit: the highest acceptable loss of a safety example, in nats a token.
             damping: δ > 0.
         """
         excess = torch.where(
             self.targets.isnan(),
-            (self.losses - reference).clamp(min=0),
+            (self.losses - limit).clamp(min=0),
             (self.losses - self.targets).clamp(max=0),
         )
         products = self.coefficients @ self.coefficients.T
@@ -114,7 +114,8 @@ def updated_subspace(
         params: the present parameters, one tensor each.
         rows: gradients of q new safety examples, one tensor ``(q, *p.shape)`` for each parameter.
         losses: their alignment losses, shape ``(q,)``.
-        targets: the held examples' losses before fine-tuning, nan for safety examples; ``(q,)``.
+        targets: the losses below which held examples must not fall, nan for safety examples;
+            shape ``(q,)``.
         rank: the largest number of directions.
         window: the largest number of examples, at least q.
 

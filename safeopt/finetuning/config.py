@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safeopt.optim import optimizers
+from safeopt.optim.config import SafetyConfig
 
 ADAMW = "adamw"  # the unprotected comparison
 
@@ -62,8 +63,8 @@ class FinetuneConfig:
     batch_size: int = 4
     gradient_accumulation: int = 1
     max_length: int = 1024
-    rank: int = 32
-    budget: float = 0.02
+    rank: int = SafetyConfig.rank
+    budget: float = SafetyConfig.budget
     save_steps: int = 100
     logging_steps: int = 1
     seed: int = 0

@@ -23,9 +23,9 @@ class SafetyConfig:
         damping: strength of the protection, at least 0. 0 switches it off: no safety pass is made
             and the base optimizer runs as if it were alone. In mode ``"damp"`` it is κ = η/τ per
             mean eigenvalue; the other modes only distinguish zero from positive.
-        budget: accepted rise of the alignment loss over its value before fine-tuning, in nats a
-            token, at least 0. `restore` acts above it, and ``mode="budget"`` keeps the surrogate
-            below.
+        budget: accepted rise of a safety example's loss over the alignment loss before fine-tuning,
+            in nats a token, at least 0. Examples above it are brought back to it at a refresh;
+            ``mode="budget"`` keeps the surrogate below it in between.
         refresh: when to estimate anew.
         examples: new safety examples at one refresh, at most; early refreshes, which follow each
             other closely, take as many as steps have passed. At least 1.
@@ -45,7 +45,7 @@ class SafetyConfig:
     rank: int = 32
     mode: Mode = "project"
     damping: float = 1.0
-    budget: float = 0.02
+    budget: float = 0.01
     refresh: RefreshPolicy = field(default_factory=RefreshPolicy)
     examples: int = 8
     window: int = 32

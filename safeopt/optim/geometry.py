@@ -37,9 +37,12 @@ logger = logging.getLogger("safeopt")
 # way back. So the Gauss-Newton step is taken at twice its length unless the line search objects.
 _FULL_LENGTH = 2.0
 _LENGTHS = (_FULL_LENGTH, 1.0, 0.5, 0.25)
+# A held example's target is its loss before fine-tuning, but never more than the loss at which the
+# whole refusal has this probability: what is refused that rarely needs no protection.
+_RARELY_REFUSED = 0.05
 # Held examples come round again and again, so that each one's loss before fine-tuning is known.
 _HELD_POOL = 8
-# The reference is a mean over at least so many safety examples.
+# The reference is a mean over so many safety examples.
 _FIRST_LOOK = 4
 
 
@@ -138,8 +141,8 @@ class SafetyGeometry:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
             if self._held_pool:
-                self._held_targets = self.probe.values(self._held_pool).double()
-            self._estimate(params, max(self.config.examples, _FIRST_LOOK))
+                self._held_targets = self._held_limits()
+            self._estimate(params, _FIRST_LOOK)
             self.reference = self.history[-1].alignment_loss
 
     def after_step(self, params: Sequence[Tensor], learning_rate: float) -> None:
@@ -258,26 +261,22 @@ class SafetyGeometry:
         return surrogate.predict(self._taken_back) - surrogate.value
 
     def _refresh(self, params: Sequence[Tensor], *, search: bool) -> None:
-        """Measure, renew the subspace and restore where the budget is exceeded."""
+        """Measure, renew the subspace and step back where an example of the window is lost."""
         assert self.reference is not None
         steps = self.step_count - self.last_refresh
         self._estimate(params, min(max(steps, 2), self.config.examples))
-        latest = self.history[-1]
-        lost = latest.alignment_loss > self.reference + self.config.budget
         if not self.config.restore or self.config.curvature != "fisher":
             return
-        if lost or self._held_shortfall() > self.config.budget:
-            # A refresh that follows soon is the check of this one; a late one makes its own.
-            search = lost and (search or latest.examples >= 2 * self.config.trial_examples)
-            restored = self._newton_step(params, search=search)
-            self.history[-1] = replace(latest, restored_to=restored)
-
-    def _held_shortfall(self) -> float:
-        """How far the window's held examples have fallen below their targets, in nats a token."""
         assert self.subspace is not None
-        shortfall = (self.subspace.targets - self.subspace.losses).clamp(min=0)
-        held = shortfall[~shortfall.isnan()]
-        return float(held.mean()) if len(held) else 0.0
+        limit = self.reference + self.config.budget
+        step = self.subspace.restoring_step(limit, self.config.newton_damping)
+        if step.any():
+            latest = self.history[-1]
+            # A refresh that follows soon is the check of this one; a late one makes its own.
+            search = search or latest.examples >= 2 * self.config.trial_examples
+            lost = latest.alignment_loss > limit
+            restored = self._newton_step(params, step, search=search and lost)
+            self.history[-1] = replace(latest, restored_to=restored)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> None:
         """Draw examples, measure the alignment loss and renew the subspace at ``params``."""
@@ -320,12 +319,16 @@ class SafetyGeometry:
         )
         logger.info("safety subspace at step %d: %s", self.step_count, self.history[-1])
 
-    def _newton_step(self, params: Sequence[Tensor], *, search: bool) -> float:
+    def _held_limits(self) -> Tensor:
+        """The losses below which held examples must not fall, shape ``(h,)``, float64."""
+        before = self.probe.values(self._held_pool).double()
+        lengths = self.probe.response_lengths(self._held_pool).to(before)
+        return torch.minimum(before, -math.log(_RARELY_REFUSED) / lengths)
+
+    def _newton_step(self, params: Sequence[Tensor], step: Tensor, *, search: bool) -> float:
         """Step back inside the subspace; returns the alignment loss there."""
         assert self.subspace is not None
-        assert self.reference is not None
         subspace = self.subspace
-        step = subspace.restoring_step(self.reference, self.config.newton_damping)
         length = _FULL_LENGTH
         if search:
             length, change = self._search(params, step)

@@ -56,7 +56,8 @@ def attach(optimizer: Optimizer, geometry: SafetyGeometry) -> None:
         return all(p.grad is None for p in params) or not _learning_rate(instance) > 0
 
     def before(instance: Optimizer, args: Any, kwargs: Any) -> None:
-        has_closure = bool(args and args[0] is not None) or kwargs.get("closure") is not None
+        given = args[1:] or (kwargs.get("closure"),)  # args starts with the optimizer itself
+        has_closure = given[0] is not None
         if not idle(instance) or (has_closure and _learning_rate(instance) > 0):
             geometry.before_step(protected_parameters(instance))
 

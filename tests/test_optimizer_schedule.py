@@ -1,0 +1,257 @@
+"""When protected optimizers look at the safety examples, what that costs, and what they refuse."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, probe_of, run
+from tiny_models import safety_batch, task_step, tiny_llama, trainable
+from torch import nn
+
+from safeopt import ProjectedAdamW, RefreshPolicy, SafetyConfig, SafetyProbe, safeguard
+
+names = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def record_passes(model):
+    """The safety passes as the model sees them: tokens and whether gradients are wanted."""
+    seen = []
+
+    def record(module, args, kwargs, output):
+        if not module.training:
+            tokens = int(kwargs["attention_mask"].sum())
+            seen.append((tokens, output.logits.requires_grad))
+
+    model.register_forward_hook(record, with_kwargs=True)
+    model.train()
+    return seen
+
+
+def assert_counted(passes, seen):
+    assert passes.forward == len(seen)
+    assert passes.forward_tokens == sum(tokens for tokens, _ in seen)
+    assert passes.backward == sum(backward for _, backward in seen)
+    assert passes.backward_tokens == sum(tokens for tokens, backward in seen if backward)
+
+
+@names
+def test_refreshes_and_passes_are_exact(name):
+    """A refresh is one forward and one backward pass, and happens where the policy says."""
+    model, optimizer = build(name, refresh=RefreshPolicy.fixed(3), restore=False, examples=3)
+    seen = record_passes(model)
+    run(model, optimizer, 8)
+    safety = optimizer.safety
+    assert [entry.step for entry in safety.history] == [0, 3, 6]
+    assert [entry.examples for entry in safety.history[1:]] == [3, 3]
+    assert [backward for _, backward in seen] == [True] * 3
+    assert_counted(safety.passes, seen)
+    assert (safety.step_count, safety.last_refresh) == (8, 6)
+
+
+@names
+def test_early_refreshes_take_as_many_examples_as_steps(name):
+    model, optimizer = build(name, refresh=RefreshPolicy.geometric(1, 2), examples=4, restore=False)
+    run(model, optimizer, 9)
+    assert [entry.step for entry in optimizer.safety.history] == [0, 1, 2, 4, 8]
+    assert [entry.examples for entry in optimizer.safety.history[1:]] == [2, 2, 2, 4]
+
+
+@names
+def test_held_examples_cost_one_look_and_a_share(name):
+    model, optimizer = build(name, held=True, refresh=RefreshPolicy.fixed(2), budget=math.inf)
+    seen = record_passes(model)
+    run(model, optimizer, 2)
+    # The held examples' losses before fine-tuning, then two estimates.
+    assert [backward for _, backward in seen[:2]] == [False, True]
+    assert sum(backward for _, backward in seen) == 2
+    assert_counted(optimizer.safety.passes, seen)
+    held = optimizer.safety.subspace.targets
+    assert int(held.isnan().sum()) == sum(entry.examples for entry in optimizer.safety.history)
+    assert len(held) > int(held.isnan().sum())
+
+
+@names
+def test_restore_measures_once(name):
+    model, optimizer = build(name, refresh=NEVER, budget=math.inf)
+    first = optimizer.restore()
+    assert (first.step, optimizer.safety.passes.backward) == (0, 1)
+    run(model, optimizer, 3)
+    seen = record_passes(model)
+    measured = optimizer.restore()
+    assert measured.step == 3
+    assert measured.restored_to is None
+    assert [backward for _, backward in seen] == [True]
+    assert optimizer.restore() is measured
+    assert len(seen) == 1
+    assert optimizer.safety.measured == measured.alignment_loss
+
+
+@names
+def test_restore_searches_on_the_trial_examples(name):
+    model, optimizer = build(name, refresh=NEVER, budget=0.0)
+    run(model, optimizer, 1)
+    optimizer.safety.reference = 0.0  # so that something is lost
+    seen = record_passes(model)
+    before = optimizer.safety.probe.passes.forward
+    measured = optimizer.restore()
+    assert measured.restored_to < measured.alignment_loss
+    backward = [wanted for _, wanted in seen]
+    assert backward[0]
+    assert not any(backward[1:])
+    assert 1 + 2 <= len(seen) <= 1 + 5  # one look before the search and one to four lengths
+    assert len({tokens for tokens, _ in seen[1:]}) == 1
+    assert optimizer.safety.passes.forward - before == len(seen)
+
+
+@names
+def test_drift_triggers_a_refresh(name):
+    for drift, expected in ((1e-6, True), (None, False), (1e9, False)):
+        policy = RefreshPolicy(first=1000, every=1000, drift=drift)
+        model, optimizer = build(name, refresh=policy)
+        run(model, optimizer, 1)
+        assert optimizer.safety.last_refresh == 0 or drift == 1e-6
+        subspace = optimizer.safety.subspace
+        # The task pushes far up the alignment loss, and the map takes it back.
+        subspace.shift(trainable(model), 10 * subspace.surrogate.gradient)
+        run(model, optimizer, 1, start=1)
+        assert (optimizer.safety.last_refresh > 0) == expected
+
+
+@names
+def test_steps_that_move_nothing_are_inert(name):
+    """No gradients, or learning rate 0 as distributed checkpointing uses it: nothing happens."""
+    model, optimizer = build(name, refresh=RefreshPolicy.fixed(1))
+
+    def inert_steps():
+        optimizer.zero_grad()
+        optimizer.step()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for p in trainable(model):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.step(lambda: torch.zeros(()))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    before = copies(model.parameters())
+    inert_steps()
+    assert equal(model.parameters(), before)
+    assert optimizer.safety.passes.forward == optimizer.safety.step_count == 0
+    assert optimizer.safety.subspace is None
+    run(model, optimizer, 2)
+    after, passes = copies(model.parameters()), optimizer.safety.passes.forward
+    inert_steps()
+    assert equal(model.parameters(), after)
+    assert (optimizer.safety.passes.forward, optimizer.safety.step_count) == (passes, 2)
+
+
+@names
+def test_closures(name):
+    model, optimizer = build(name, refresh=RefreshPolicy.fixed(2))
+    plain, reference = build(name, refresh=RefreshPolicy.fixed(2))
+    expected = run(plain, reference, 4)
+    for step in range(4):
+        calls = []
+
+        def closure(step=step, calls=calls):
+            calls.append(1)
+            assert optimizer.safety.history  # the reference is taken before training
+            return task_step(model, step)
+
+        assert float(optimizer.step(closure)) == expected[step]
+        assert len(calls) == 1
+    assert equal(model.parameters(), plain.parameters())
+
+
+@names
+def test_skipped_steps_of_a_gradient_scaler_do_not_count(name):
+    model, optimizer = build(name)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(4):
+        scaler.scale(task_step(model, step))
+        for p in trainable(model):
+            p.grad *= math.inf if step == 1 else 4.0
+        before = copies(model.parameters())
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert equal(model.parameters(), before) == (step == 1)
+    assert optimizer.safety.step_count == 3
+
+
+WRONG = [
+    ({"rank": 0}, ValueError, "rank=0: the safety subspace needs at least one direction"),
+    ({"rank": 2.5}, ValueError, r"rank=2\.5"),
+    ({"mode": "hard"}, ValueError, 'mode="hard": expected one of "project"'),
+    ({"damping": -1}, ValueError, "damping=-1"),
+    ({"damping": math.nan}, ValueError, "damping=nan"),
+    ({"damping": math.inf}, ValueError, "damping=inf"),
+    ({"budget": -0.1}, ValueError, r"budget=-0\.1"),
+    ({"budget": None}, ValueError, "budget=None"),
+    ({"refresh": 10}, TypeError, "refresh=10: expected a RefreshPolicy"),
+    ({"examples": 0}, ValueError, "examples=0"),
+    ({"examples": 9, "window": 8}, ValueError, "window=8"),
+    ({"newton_damping": 0.0}, ValueError, r"newton_damping=0\.0"),
+    ({"newton_damping": "x"}, ValueError, "newton_damping=x"),
+    ({"trial_examples": 0}, ValueError, "trial_examples=0"),
+    ({"trial_examples": 10}, ValueError, "probe: 10 safety examples, of which trial_examples=10"),
+    ({"curvature": "hessian"}, ValueError, 'curvature="hessian"'),
+    ({"seed": "a"}, ValueError, "seed='a'"),
+    ({"probe": None}, TypeError, "probe=NoneType"),
+]
+
+
+@names
+@pytest.mark.parametrize(("options", "error", "message"), WRONG)
+def test_wrong_arguments_name_themselves(name, options, error, message):
+    with pytest.raises(error, match=message):
+        build(name, **options)
+
+
+def test_more_wrong_arguments():
+    model = tiny_llama(layers=1)
+    for argument in ("capturable", "differentiable"):
+        with pytest.raises(ValueError, match=f"{argument}=True"):
+            ProjectedAdamW(model.parameters(), probe=probe_of(model), **{argument: True})
+    with pytest.raises(TypeError, match=r"optimizer=Linear: expected a torch\.optim\.Optimizer"):
+        safeguard(nn.Linear(1, 1), probe_of(model))
+    sgd = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match="options: ranks is unknown; expected some of: rank"):
+        safeguard(sgd, probe_of(model), ranks=3)
+    assert not hasattr(sgd, "safety")
+
+
+@names
+def test_parameters_that_cannot_be_protected(name):
+    model = tiny_llama(layers=1)
+    stranger = nn.Parameter(torch.zeros(3))
+    _, optimizer = build(name, model=model, params=[*trainable(model), stranger])
+    stranger.grad = torch.ones(3)
+    before = copies([*model.parameters(), stranger])
+    with pytest.raises(ValueError, match=r"params: 1 of .* do not belong to the probe's model"):
+        optimizer.step()
+    assert equal([*model.parameters(), stranger], before)
+    params = [{"params": trainable(model), "protect": False}]
+    _, optimizer = build(name, model=model, params=params)
+    with pytest.raises(ValueError, match="params: no parameter is left to protect"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_copies_of_the_optimizer_are_refused(copied):
+    _, optimizer = build("ProjectedAdamW")
+    with pytest.raises(TypeError, match=r"cannot be pickled or copied.*state_dict"):
+        copied(optimizer)
+
+
+def test_defaults_are_the_same_everywhere():
+    model = tiny_llama(layers=1)
+    probe = SafetyProbe(model, [safety_batch()])
+    optimizer = ProjectedAdamW(model.parameters(), probe=probe)
+    assert optimizer.safety.config == SafetyConfig()
+    guarded = safeguard(torch.optim.SGD(model.parameters()), probe)
+    assert guarded.safety.config == SafetyConfig()

@@ -1,0 +1,275 @@
+"""Per-example gradients of one pass against an explicit loop over single examples."""
+
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import VOCAB, safety_batch, single, tiny_gpt2, tiny_llama, trainable, with_lora
+from tolerances import GRADIENT, relative_error
+from torch import nn
+
+from safeopt import SafetyProbe, refusal_nll
+from safeopt.curvature.basis import inner_products
+
+Output = namedtuple("Output", "logits")
+MODELS = {
+    "plain": tiny_llama,
+    "tied": lambda **kw: tiny_llama(tied=True, **kw),
+    "bias": lambda **kw: tiny_llama(bias=True, **kw),
+    "lora": lambda **kw: with_lora(tiny_llama(**kw)),
+    "lora_start": lambda **kw: with_lora(tiny_llama(**kw), random_b=False),
+    "gpt2": tiny_gpt2,
+}
+
+
+def looped_rows(model, params, batch):
+    """The reference: one forward and one backward pass for each example, without padding."""
+    rows = [torch.zeros(len(batch["input_ids"]), *p.shape, dtype=p.dtype) for p in params]
+    model.eval()
+    for example in range(len(batch["input_ids"])):
+        loss = refusal_nll(model, single(batch, example)).sum()
+        gradients = torch.autograd.grad(loss, params, allow_unused=True)
+        for row, gradient in zip(rows, gradients, strict=True):
+            if gradient is not None:
+                row[example] = gradient
+    return rows
+
+
+def check(model, batch, *, passes, tolerance=None):
+    """Compare with the loop, and count the passes: more than one says that the fallback ran."""
+    params = trainable(model)
+    probe = SafetyProbe(model, [batch])
+    result = probe.per_example(params)
+    expected = looped_rows(model, params, batch)
+    tolerance = tolerance or GRADIENT[params[0].dtype]
+    for actual, row in zip(result.rows, expected, strict=True):
+        assert relative_error(actual, row) < tolerance or float(row.abs().max()) < 1e-12
+    assert relative_error(result.losses, refusal_nll(model, batch).detach()) < tolerance
+    assert (probe.passes.forward, probe.passes.backward) == (passes, passes)
+    return result.rows, expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_loop_in_one_pass(name, dtype):
+    rows, expected = check(MODELS[name](dtype=dtype), safety_batch(), passes=1)
+    dense = torch.cat([row.double().flatten(1) for row in expected], dim=1)
+    products = dense @ dense.T
+    assert relative_error(inner_products(rows, rows), products) < GRADIENT[dtype]
+
+
+def test_some_parameters_only():
+    """Gradients of a few parameters, in the caller's order."""
+    model, batch = tiny_llama(tied=True), safety_batch()
+    params = [trainable(model)[index] for index in (7, 0, 3)]
+    rows = SafetyProbe(model, [batch]).per_example(params).rows
+    for actual, expected in zip(rows, looped_rows(model, params, batch), strict=True):
+        assert relative_error(actual, expected) < GRADIENT[torch.float32]
+
+
+def test_half_precision_needs_no_loop():
+    check(tiny_llama(dtype=torch.bfloat16), safety_batch(), passes=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model = with_lora(tiny_llama())
+        check(model, safety_batch(), passes=1, tolerance=GRADIENT[torch.bfloat16])
+
+
+def test_rows_are_float32_for_half_precision():
+    model = tiny_llama(dtype=torch.bfloat16)
+    rows = SafetyProbe(model, [safety_batch()]).per_example(trainable(model)).rows
+    assert {row.dtype for row in rows} == {torch.float32}
+
+
+class Toy(nn.Module):
+    """Embedding, a linear layer, ``middle``, and a linear head."""
+
+    def __init__(self, middle):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 8)
+        self.inner = nn.Linear(8, 8)
+        self.middle = middle
+        self.head = nn.Linear(8, VOCAB, bias=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = torch.tanh(self.inner(self.embedding(input_ids)))
+        return Output(self.head(x + self.middle(x)))
+
+
+class Flat(nn.Module):
+    """Works on all tokens of the batch at once, as a mixture of experts does."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.expert(x.reshape(-1, 8)).view(x.shape)
+
+
+class TupleOutput(nn.Module):
+    """A layer with a parameter of its own that returns more than one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(x) * self.scale, None
+
+
+class First(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)[0]
+
+
+class Borrows(nn.Module):
+    """Uses the weight of another module, which that module does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.lender = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.lender(x) @ self.lender.weight
+
+
+class Pair(nn.Module):
+    """A layer whose arguments are nested."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8))
+
+        def forward(self, x, rotation, *, extra):
+            return x * self.weight * rotation[0] + rotation[1] * extra["shift"]
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x):
+        return self.inner(x, (x.cos(), x.sin()), extra={"shift": x})
+
+
+class Shared(nn.Module):
+    """One layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+class Padded(nn.Module):
+    """An embedding whose padding row has no gradient, a convolution and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 8, padding_idx=7)
+        self.convolution = nn.Conv1d(8, 8, 1)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x):
+        tokens = (x[..., 0].detach().abs() * VOCAB).long().clamp(max=VOCAB - 1)
+        y = self.frozen(self.embedding(tokens))
+        return self.convolution(y.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("middle", [Pair, Shared, Padded, nn.Identity])
+def test_unusual_layers_in_one_pass(middle):
+    check(Toy(middle()).double(), safety_batch(), passes=1)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [Flat, lambda: First(TupleOutput()), Borrows],
+    ids=["flat", "tuple", "borrowed"],
+)
+def test_fallback_to_the_loop(middle):
+    """The parameters that hooks cannot serve need one more pass for each of the five examples."""
+    check(Toy(middle()).double(), safety_batch(), passes=1 + 5)
+
+
+def test_fallback_is_remembered_for_the_parameters_that_need_it():
+    model = Toy(Flat()).double()
+    params = trainable(model)
+    probe = SafetyProbe(model, [safety_batch()])
+    first = probe.per_example(params).rows
+    runs = []
+    model.embedding.register_forward_hook(lambda *args: runs.append(args[2].shape[0]))
+    again = probe.per_example(params).rows
+    assert runs == [5, 1, 1, 1, 1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    head = [model.head.weight]
+    runs.clear()
+    probe.per_example(head)
+    assert runs == [5]
+
+
+class Bystander(nn.Module):
+    """Has a parameter that the loss does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return x
+
+
+def test_unused_parameters_have_zero_rows():
+    model = Toy(Bystander())
+    rows, _ = check(model, safety_batch(), passes=1)
+    unused = [p is model.middle.unused for p in trainable(model)].index(True)
+    assert not rows[unused].any()
+
+
+class Opaque(nn.Module):
+    """A layer whose argument hides a tensor of the whole batch."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8))
+
+        def forward(self, x, hidden):
+            return x * self.weight + hidden.logits
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x):
+        return self.inner(x, SimpleNamespace(logits=x))
+
+
+def test_hidden_arguments_fall_back():
+    check(Toy(Opaque()).double(), safety_batch(), passes=1 + 5)
+
+
+def test_batch_statistics_fall_back():
+    """A normalisation over the batch mixes the examples: its own gradients are looped."""
+
+    class BatchNorm(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    model = Toy(BatchNorm(8, track_running_stats=False)).double()
+    nn.init.normal_(model.middle.weight)
+    batch = safety_batch((4, 4, 4), (3, 3, 3))
+    params = [model.middle.weight, model.middle.bias]
+    probe = SafetyProbe(model, [batch])
+    rows = probe.per_example(params).rows
+    assert probe.passes.forward == 1 + 3
+    expected = looped_rows(model, params, batch)
+    assert relative_error(rows[0], expected[0]) < GRADIENT[torch.float64]

@@ -1,0 +1,193 @@
+"""What a protected step does to the parameters, for all optimizers of the table."""
+
+import pytest
+import torch
+from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, probe_of, run
+from tiny_models import task_step, tiny_llama, trainable, with_lora
+from tolerances import COORDINATE
+
+from safeopt import ProjectedAdamW, RefreshPolicy, safeguard
+
+names = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def dense_coordinates(safety, params, anchors):
+    """Uᵀ(θ − θ_r) in float64, from a copy of θ_r."""
+    return sum(
+        block.double().flatten(1) @ (p.detach().double() - anchor.double()).flatten()
+        for block, p, anchor in zip(safety.subspace.basis.blocks, params, anchors, strict=True)
+    )
+
+
+@names
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("mode", ["project", "damp", "acceleration", "budget"])
+def test_coordinates_after_every_step(name, mode, restore):
+    """c⁺ = Uᵀ(θ − θ_r) to float32 accuracy; zero in mode "project"."""
+    model, optimizer = build(
+        name, mode=mode, refresh=RefreshPolicy.fixed(4), budget=0.05, restore=restore
+    )
+    params = trainable(model)
+    norm = float(torch.cat([p.detach().flatten() for p in params]).norm())
+    anchors, moved = copies(params), 0.0
+    for step in range(1, 11):
+        task_step(model, step)
+        optimizer.step()
+        safety = optimizer.safety
+        if safety.last_refresh == step:
+            anchors = copies(params)
+            assert step % 4 == 0
+        actual = dense_coordinates(safety, params, anchors)
+        expected = safety.vectors()["position"]
+        assert (actual - expected).abs().max() < COORDINATE[torch.float32] * norm
+        assert (safety.subspace.coordinates(params) - expected).abs().max() < (
+            COORDINATE[torch.float32] * norm
+        )
+        moved = max(moved, float(expected.abs().max()))
+        assert safety.predicted == safety.subspace.surrogate.predict(expected)
+    assert (moved == 0) == (mode == "project")
+
+
+@names
+def test_budget_bounds_the_surrogate_at_every_step(name):
+    """Â ≤ A₀ + budget; where an anchor is above it already, Â does not rise further."""
+    model, optimizer = build(
+        name, mode="budget", budget=0.01, refresh=RefreshPolicy.fixed(5), restore=False
+    )
+    for step in range(12):
+        task_step(model, step)
+        optimizer.step()
+        safety = optimizer.safety
+        limit = max(safety.reference + 0.01, safety.subspace.surrogate.value)
+        assert safety.predicted <= limit + 1e-9
+
+
+@names
+def test_acceleration_leaves_the_first_drift(name):
+    model, optimizer = build(name, mode="acceleration", refresh=NEVER)
+    run(model, optimizer, 1)
+    drift = optimizer.safety.vectors()["position"].clone()
+    run(model, optimizer, 4, start=1)
+    assert torch.allclose(optimizer.safety.vectors()["position"], 5 * drift, rtol=1e-9)
+
+
+@names
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_damping_is_the_base_optimizer_bit_for_bit(name, lora):
+    def model():
+        plain = tiny_llama(layers=1)
+        return with_lora(plain, random_b=False) if lora else plain
+
+    protected, optimizer = build(name, model=model(), damping=0)
+    plain = model()
+    run(protected, optimizer, 10)
+    run(plain, OPTIMIZERS[name][1](trainable(plain), 1e-2), 10)
+    assert equal(protected.parameters(), plain.parameters())
+    assert optimizer.safety.passes.forward == 0
+    assert optimizer.safety.history == []
+    assert "safety" not in optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="damping=0"):
+        optimizer.restore()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.3},
+        {"amsgrad": True, "betas": (0.8, 0.99), "eps": 1e-6},
+        {"maximize": True, "foreach": True},
+        {"foreach": False, "lr": torch.tensor(3e-3)},
+        {"fused": True},
+    ],
+)
+def test_all_adamw_arguments_reach_adamw(options):
+    models = [tiny_llama(layers=1), tiny_llama(layers=1)]
+    protected = ProjectedAdamW(
+        models[0].parameters(), probe=probe_of(models[0]), damping=0, **options
+    )
+    plain = torch.optim.AdamW(models[1].parameters(), **options)
+    for model, optimizer in zip(models, (protected, plain), strict=True):
+        run(model, optimizer, 10)
+    assert equal(models[0].parameters(), models[1].parameters())
+    assert protected.defaults == plain.defaults
+
+
+@names
+def test_random_subspace_control_changes_nothing(name):
+    """The control: a random subspace of 8 of 75,000 dimensions leaves the task's losses alone."""
+    protected, plain = tiny_llama(hidden=64), tiny_llama(hidden=64)
+    assert sum(p.numel() for p in trainable(protected)) >= 50_000
+    _, optimizer = build(
+        name, model=protected, curvature="random", refresh=RefreshPolicy.fixed(5), lr=1e-3
+    )
+    losses = run(protected, optimizer, 12)
+    expected = run(plain, OPTIMIZERS[name][1](trainable(plain), 1e-3), 12)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert losses != expected
+    assert losses[-1] != pytest.approx(losses[0], rel=1e-2)
+
+
+@names
+def test_groups_without_protection_move_as_ever(name):
+    """With given gradients, a group with ``protect=False`` follows the base optimizer."""
+
+    def groups(model):
+        first, *rest = trainable(model)
+        return [{"params": rest}, {"params": [first], "protect": False, "lr": 3e-3}]
+
+    protected, plain = tiny_llama(layers=1), tiny_llama(layers=1)
+    _, optimizer = build(name, model=protected, params=groups(protected), refresh=NEVER)
+    base = OPTIMIZERS[name][1](groups(plain), 1e-2)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(trainable(protected), trainable(plain), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        base.step()
+    free, reference = trainable(protected), trainable(plain)
+    assert torch.equal(free[0], reference[0])
+    assert not any(torch.equal(p, q) for p, q in zip(free[1:], reference[1:], strict=True))
+    assert len(optimizer.safety.subspace.basis.blocks) == len(free) - 1
+
+
+@names
+def test_basis_stays_float32_with_bfloat16_parameters(name):
+    model, optimizer = build(name, model=tiny_llama(layers=1, dtype=torch.bfloat16))
+    run(model, optimizer, 5)
+    blocks = optimizer.safety.subspace.basis.blocks
+    assert {block.dtype for block in blocks} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert equal(optimizer.safety.subspace.basis.blocks, blocks)
+    assert {b.dtype for b in optimizer.safety.subspace.basis.blocks} == {torch.float32}
+
+
+@names
+def test_schedulers_set_the_learning_rate(name):
+    model, optimizer = build(name, refresh=NEVER)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
+    params, rates = copies(model.parameters()), []
+    for step in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        task_step(model, step)
+        optimizer.step()
+        scheduler.step()
+        if step == 0:  # a warm-up's first step has learning rate 0: nothing moves or counts
+            assert equal(model.parameters(), params)
+    assert rates == pytest.approx([0, 0.0025, 0.005])
+    assert optimizer.safety.step_count == 2
+
+
+def test_safeguard_changes_the_optimizer_it_is_given():
+    model = tiny_llama(layers=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    groups = optimizer.param_groups
+    assert safeguard(optimizer, probe_of(model)) is optimizer
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups is groups
+    with pytest.raises(ValueError, match="protected already"):
+        safeguard(optimizer, probe_of(model))
+    with pytest.raises(ValueError, match="protected already"):
+        safeguard(ProjectedAdamW(model.parameters(), probe=probe_of(model)), probe_of(model))
