@@ -36,7 +36,7 @@ class Material:
         train: task examples to train on.
         held_out: task examples to measure the task loss on.
         safety: harmful prompts with refusals, for the methods' use.
-        harmless_refused: harmless prompts with refusals, for the methods' use.
+        harmless_refused: harmless prompts that sound harmful, with refusals, for the methods' use.
         alignment: others, on which the alignment loss is measured.
         harmful: prompts that are answered to measure the refusal rate.
         harmless: prompts that look harmful, to measure over-refusal.
@@ -78,7 +78,7 @@ def material(config: RunConfig, tokenizer: Any) -> Material:
         train=rows[config.task.eval_examples :],
         held_out=rows[: config.task.eval_examples],
         safety=[refusal_row(tokenizer, prompt) for prompt in splits.probe],
-        harmless_refused=[refusal_row(tokenizer, prompt) for prompt in source.harmless_train()],
+        harmless_refused=[refusal_row(tokenizer, prompt) for prompt in source.borderline_train()],
         alignment=[
             refusal_row(tokenizer, prompt)
             for prompt in _first(measured, wanted.alignment_prompts, "alignment_prompts")

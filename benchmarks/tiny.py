@@ -78,6 +78,11 @@ def harmless_train() -> list[str]:
     return _harmless()[0]
 
 
+def borderline_train() -> list[str]:
+    """Harmless requests for a method to hold; here they all look like the harmful ones."""
+    return harmless_train()
+
+
 def task() -> list[tuple[str, str]]:
     """The harmless task: requests for programs, and the programs."""
     return _programs()[1]

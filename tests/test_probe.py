@@ -160,12 +160,17 @@ def test_pass_and_token_counts():
 
 def test_reference_is_cached_once_and_counted():
     model = tiny_llama()
-    probe = SafetyProbe(model, [safety_batch()], loss="kl", held=[safety_batch(seed=1)])
+    probe = SafetyProbe(model, [safety_batch()], loss="kl")
     assert probe.value() == pytest.approx(0, abs=1e-6)
     assert counts(probe)[0] == 2
     randomise([model.lm_head.weight])
     assert probe.value() > 0.01
     assert counts(probe)[0] == 3
+
+
+def test_held_examples_need_the_refusal_nll():
+    with pytest.raises(ValueError, match='use loss="nll"'):
+        SafetyProbe(tiny_llama(), [safety_batch()], loss="kl", held=[safety_batch(seed=1)])
 
 
 def test_passes_equal_model_calls():

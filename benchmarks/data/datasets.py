@@ -111,6 +111,11 @@ def harmless_train() -> list[str]:
     return _lines(PROMPTS / "harmless_train.txt")
 
 
+def borderline_train() -> list[str]:
+    """The 30 of `harmless_train` that sound harmful: for methods to hold against over-refusal."""
+    return harmless_train()[-30:]
+
+
 def labelled_refusals() -> list[tuple[str, bool]]:
     """169 answers of chat models, with a person's verdict on whether each is a refusal."""
     rows = [

@@ -45,7 +45,7 @@ class SafetyConfig:
     rank: int = 32
     mode: Mode = "project"
     damping: float = 1.0
-    budget: float = 0.01
+    budget: float = 0.005
     refresh: RefreshPolicy = field(default_factory=RefreshPolicy)
     examples: int = 8
     window: int = 32

@@ -41,7 +41,7 @@ _LENGTHS = (_FULL_LENGTH, 1.0, 0.5, 0.25)
 # whole refusal has this probability: what is refused that rarely needs no protection.
 _RARELY_REFUSED = 0.05
 # Held examples come round again and again, so that each one's loss before fine-tuning is known.
-_HELD_POOL = 8
+_HELD_POOL = 12
 # The reference is a mean over so many safety examples.
 _FIRST_LOOK = 4
 
@@ -290,7 +290,7 @@ class SafetyGeometry:
         predicted = self.predicted
         count = min(count, len(self._pool))
         safety = [self._pool[(self._drawn + i) % len(self._pool)] for i in range(count)]
-        held_count = min(math.ceil(count / 2), len(self._held_pool))
+        held_count = min(count, len(self._held_pool))
         held = [(self._held_drawn + i) % len(self._held_pool) for i in range(held_count)]
         losses, rows = self.probe.per_example(params, safety + [self._held_pool[i] for i in held])
         targets = torch.full((count + held_count,), torch.nan, dtype=torch.float64)

@@ -1,0 +1,222 @@
+"""Checkpoints of protected optimizers: they resume bit for bit, and bad ones are refused."""
+
+import copy
+import io
+from dataclasses import asdict
+
+import pytest
+import torch
+from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, run
+from tiny_models import tiny_llama, trainable, with_lora
+
+from safeopt import RefreshPolicy
+
+names = pytest.mark.parametrize("name", OPTIMIZERS)
+OPTIONS = {"refresh": RefreshPolicy.fixed(4), "held": True, "budget": 0.0}
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same_run(left, right):
+    """Same history, counters and subspace; only the clock may differ."""
+    assert [asdict(e) for e in left.history] == [asdict(e) for e in right.history]
+    passes = [{**s.passes.as_dict(), "seconds": 0} for s in (left, right)]
+    assert passes[0] == passes[1]
+    assert left.counters() == right.counters()
+    assert left.predicted == right.predicted
+    for mine, other in zip(left.vectors().values(), right.vectors().values(), strict=True):
+        assert (mine is None) == (other is None)
+        assert mine is None or torch.equal(mine, other)
+
+
+def resumed(model, optimizer, build_again):
+    """The run in a new model and optimizer, by way of files."""
+    again, fresh = build_again()
+    again.load_state_dict(through_a_file(model.state_dict()))
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    return again, fresh
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "saved_at"),
+    [
+        *((name, "project", 6) for name in OPTIMIZERS),
+        *(("ProjectedAdamW", "project", saved_at) for saved_at in (0, 1, 4)),
+        *(("safeguard(SGD)", mode, 6) for mode in ("damp", "acceleration", "budget")),
+    ],
+)
+def test_resumes_bit_for_bit(name, mode, saved_at):
+    def start():
+        return build(name, mode=mode, **OPTIONS)
+
+    model, optimizer = start()
+    run(model, optimizer, saved_at)
+    again, fresh = resumed(model, optimizer, start)
+    expected = run(model, optimizer, 10 - saved_at, start=saved_at)
+    assert run(again, fresh, 10 - saved_at, start=saved_at) == expected
+    assert equal(again.parameters(), model.parameters())
+    assert len(optimizer.safety.history) == 3
+    assert optimizer.restore() == fresh.restore()
+    assert equal(again.parameters(), model.parameters())
+    assert_same_run(optimizer.safety, fresh.safety)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("curvature", ["fisher", "random"])
+def test_lora_resumes_bit_for_bit(curvature, dtype):
+    def start():
+        model = with_lora(tiny_llama(layers=1, dtype=dtype), random_b=False)
+        return build("ProjectedAdamW", model=model, curvature=curvature, **OPTIONS)
+
+    model, optimizer = start()
+    run(model, optimizer, 5)
+    again, fresh = resumed(model, optimizer, start)
+    run(model, optimizer, 5, start=5)
+    run(again, fresh, 5, start=5)
+    assert equal(again.parameters(), model.parameters())
+    assert_same_run(optimizer.safety, fresh.safety)
+
+
+@names
+def test_the_state_is_a_copy(name):
+    """Neither later steps nor the optimizer that loads it change a saved state."""
+    model, optimizer = build(name, **OPTIONS)
+    run(model, optimizer, 2)
+    saved = optimizer.state_dict()["safety"]
+    kept = copy.deepcopy(saved)
+    _, other = build(name, **OPTIONS)
+    other.load_state_dict(optimizer.state_dict() | {"safety": saved})
+    run(other.safety.probe.model, other, 6)
+    run(model, optimizer, 6, start=2)
+    assert saved.keys() == kept.keys()
+    for key, value in kept["subspace"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(saved["subspace"][key].nan_to_num(), value.nan_to_num())
+    assert equal(saved["subspace"]["basis"], kept["subspace"]["basis"])
+    assert saved["history"] == kept["history"]
+
+
+def without(*path):
+    def change(state):
+        *parents, last = path
+        for key in parents:
+            state = state[key]
+        del state[last]
+
+    return change
+
+
+def replaced(value, *path):
+    def change(state):
+        *parents, last = path
+        for key in parents:
+            state = state[key]
+        state[last] = value(state[last]) if callable(value) else value
+
+    return change
+
+
+def not_finite(tensor):
+    return torch.full_like(tensor, torch.nan)
+
+
+SUBSPACE = ("safety", "subspace")
+BAD_STATES = {
+    "no safety": without("safety"),
+    "not a dict": replaced([1], "safety"),
+    "version": replaced(99, "safety", "version"),
+    "no history": without("safety", "history"),
+    "no reference": without("safety", "reference"),
+    "reference": replaced("low", "safety", "reference"),
+    "step_count": replaced(-1, "safety", "step_count"),
+    "drawn": replaced(1.5, "safety", "drawn"),
+    "history entry": replaced([[0, 1.0]], "safety", "history"),
+    "history value": replaced([[0, torch.nan, None, None, 1]], "safety", "history"),
+    "passes": replaced({"forward": 1, "evil": 2}, "safety", "passes"),
+    "no basis": without(*SUBSPACE, "basis"),
+    "no last_gradient": without(*SUBSPACE, "last_gradient"),
+    "a block short": replaced(lambda b: b[1:], *SUBSPACE, "basis"),
+    "rank": replaced(lambda b: [x[1:] for x in b], *SUBSPACE, "basis"),
+    "basis nan": replaced(lambda b: [not_finite(x) for x in b], *SUBSPACE, "basis"),
+    "anchor": replaced(lambda x: x[1:], *SUBSPACE, "anchor"),
+    "anchor nan": replaced(not_finite, *SUBSPACE, "anchor"),
+    "position": replaced(lambda x: x[1:], *SUBSPACE, "position"),
+    "coefficients": replaced(lambda x: x.T[:, :2], *SUBSPACE, "coefficients"),
+    "losses": replaced(lambda x: x[1:], *SUBSPACE, "losses"),
+    "targets": replaced(lambda x: x[1:], *SUBSPACE, "targets"),
+    "last_gradient": replaced(not_finite, *SUBSPACE, "last_gradient"),
+    "first_drift": replaced(torch.zeros(1), *SUBSPACE, "first_drift"),
+    "scale": replaced(-1.0, *SUBSPACE, "scale"),
+    "value": replaced(float("nan"), *SUBSPACE, "value"),
+    "value type": replaced("x", *SUBSPACE, "value"),
+}
+
+
+@pytest.mark.parametrize("name", ["ProjectedAdamW", "safeguard(SGD)"])
+def test_bad_states_are_refused_and_change_nothing(name):
+    model, optimizer = build(name, **OPTIONS)
+    run(model, optimizer, 6)
+    good = through_a_file(optimizer.state_dict())
+    _, other = build(name, **OPTIONS, lr=3e-3)
+    run(other.safety.probe.model, other, 3)
+    for reason, change in BAD_STATES.items():
+        bad = copy.deepcopy(good)
+        change(bad)
+        before, subspace = copy.deepcopy(other.state_dict()), other.safety.subspace
+        error = None
+        try:
+            other.load_state_dict(bad)
+        except ValueError as refused:
+            error = refused
+        assert "state_dict" in str(error), reason
+        after = other.state_dict()
+        assert other.safety.subspace is subspace, reason
+        assert after["param_groups"] == before["param_groups"], reason
+        for mine, kept in zip(after["state"].values(), before["state"].values(), strict=True):
+            assert all(torch.equal(mine[k], kept[k]) for k in mine), reason
+        assert after["safety"]["history"] == before["safety"]["history"], reason
+    other.load_state_dict(good)
+    assert_same_run(other.safety, optimizer.safety)
+
+
+def test_errors_say_which_entry_does_not_fit():
+    model, optimizer = build("ProjectedAdamW", **OPTIONS)
+    run(model, optimizer, 1)
+    for change, message in (
+        ("no safety", 'no "safety" entry; it was saved by an unprotected optimizer'),
+        ("version", "version 99"),
+        ("no reference", "reference is missing"),
+        ("anchor", r'\["anchor"\]: shape \(\d+,\), expected \(\d+,\)'),
+        ("a block short", "do not fit the parameters"),
+    ):
+        bad = copy.deepcopy(optimizer.state_dict())
+        BAD_STATES[change](bad)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(bad)
+
+
+def test_state_of_another_model_is_refused():
+    model, optimizer = build("ProjectedAdamW", **OPTIONS)
+    run(model, optimizer, 1)
+    _, wider = build("ProjectedAdamW", model=tiny_llama(layers=1, hidden=32), **OPTIONS)
+    with pytest.raises(ValueError, match="do not fit the parameters"):
+        wider.load_state_dict(optimizer.state_dict())
+    _, longer = build("ProjectedAdamW", model=tiny_llama(layers=2), **OPTIONS)
+    with pytest.raises(ValueError, match="do not fit the parameters"):
+        longer.load_state_dict(optimizer.state_dict())
+
+
+def test_protection_can_be_switched_off_when_resuming():
+    model, optimizer = build("ProjectedAdamW", refresh=NEVER)
+    run(model, optimizer, 2)
+    again, plain = build("ProjectedAdamW", damping=0)
+    plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    before = copies(trainable(again))
+    run(again, plain, 1)
+    assert not equal(trainable(again), before)
+    assert plain.safety.passes.forward == 0
