@@ -106,6 +106,27 @@ def test_restore_searches_on_the_trial_examples(name):
 
 
 @names
+def test_line_search_backtracks(name, monkeypatch):
+    """Lengths 2, 1, ½, ¼ of one step are tried; without a gain the parameters stay."""
+    moves = []
+    for values in ([1.0, 0.9], [1.0, 1.1, 0.9], [1.0, 1.1, 1.1, 1.1, 0.9], [1.0] + [1.1] * 4):
+        model, optimizer = build(name, refresh=NEVER, budget=0.0)
+        run(model, optimizer, 1)
+        optimizer.safety.reference = 0.0  # so that something is lost
+        before, script = copies(trainable(model)), iter(values)
+        monkeypatch.setattr(optimizer.safety.probe, "value", lambda *args, s=script: next(s))
+        measured = optimizer.restore()
+        assert next(script, None) is None
+        assert (measured.restored_to < measured.alignment_loss) == (values[-1] < 1)
+        moves.append(
+            torch.cat([(p - q).flatten() for p, q in zip(trainable(model), before, strict=True)])
+        )
+    full = moves[0] / 2
+    for move, length in zip(moves, (2.0, 1.0, 0.25, 0.0), strict=True):
+        assert (move - length * full).norm() < 1e-4 * full.norm()
+
+
+@names
 def test_drift_triggers_a_refresh(name):
     for drift, expected in ((1e-6, True), (None, False), (1e9, False)):
         policy = RefreshPolicy(first=1000, every=1000, drift=drift)

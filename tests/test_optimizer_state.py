@@ -211,6 +211,15 @@ def test_state_of_another_model_is_refused():
         longer.load_state_dict(optimizer.state_dict())
 
 
+def test_state_of_a_probe_with_other_held_examples_is_refused():
+    for saved, given in ((True, False), (False, True)):
+        model, optimizer = build("ProjectedAdamW", held=saved)
+        run(model, optimizer, 1)
+        _, other = build("ProjectedAdamW", held=given)
+        with pytest.raises(ValueError, match="held examples, the probe now has"):
+            other.load_state_dict(optimizer.state_dict())
+
+
 def test_protection_can_be_switched_off_when_resuming():
     model, optimizer = build("ProjectedAdamW", refresh=NEVER)
     run(model, optimizer, 2)

@@ -121,6 +121,11 @@ class SafetyGeometry:
         return self.config.damping > 0
 
     @property
+    def held_count(self) -> int:
+        """Number of held examples in use."""
+        return len(self._held_pool)
+
+    @property
     def passes(self) -> PassCounter:
         """Safety passes made so far."""
         return self.probe.passes

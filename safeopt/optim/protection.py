@@ -78,7 +78,7 @@ def attach(optimizer: Optimizer, geometry: SafetyGeometry) -> None:
                 "and the alignment loss before fine-tuning is not known. Start from the aligned "
                 "model, or from a checkpoint of a protected run"
             )
-        check_state(state[_KEY], protected_parameters(instance))
+        check_state(state[_KEY], protected_parameters(instance), geometry.held_count)
         pending.update(state[_KEY])
 
     def load(instance: Optimizer) -> None:

@@ -66,8 +66,13 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
     return state
 
 
-def check_state(state: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-    """Refuse a state that is truncated, tampered with or of another model.
+def check_state(state: Mapping[str, Any], params: Sequence[Tensor], held: int) -> None:
+    """Refuse a state that is truncated, tampered with, of another model or of another probe.
+
+    Args:
+        state: what `pack_state` returned, before it was saved.
+        params: the protected parameters.
+        held: number of held examples in use.
 
     Raises:
         ValueError: naming the entry that does not fit.
@@ -88,6 +93,12 @@ def check_state(state: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         raise ValueError('state_dict["safety"]["passes"]: its entries are not those of PassCounter')
     if state["subspace"] is not None:
         _check_subspace(state["subspace"], params)
+        saved = len(state["subspace"]["held_targets"])
+        if saved != held:
+            raise ValueError(
+                f'state_dict["safety"]: it was saved with {saved} held examples, the probe now has '
+                f"{held}; build the probe with the examples of the saved run"
+            )
 
 
 def _check_subspace(subspace: Mapping[str, Any], params: Sequence[Tensor]) -> None:
