@@ -5,15 +5,19 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from safeopt.finetuning.config import FinetuneConfig
 
@@ -41,6 +45,9 @@ def finetune(
     out: Annotated[Path, typer.Option(help="Folder for adapter, checkpoints, report and plot.")],
     harmless: Annotated[
         Path | None, typer.Option(help="JSON lines with prompts that must not be refused.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file, for a model that has no chat template.")
     ] = None,
     optimizer: Annotated[
         str, typer.Option(help="projected-adamw, or adamw for comparison.")
@@ -86,7 +93,8 @@ def finetune(
 ) -> None:
     """Fine-tune with LoRA (or --full), keeping the refusals of the safety prompts."""
     given = dict(locals())
-    with _readable_errors():
+    with _readable_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what transformers and peft tell each other
         _finetune(FinetuneConfig(**given))
 
 
@@ -100,53 +108,51 @@ def _finetune(config: FinetuneConfig) -> None:
         transformers_logging.set_verbosity_error()
         prepared = prepare(config)
     used, asked = prepared.refused
-    console.print(
-        f"{len(prepared.rows)} training examples; {used} of {asked} safety prompts are refused and "
-        "protected"
-    )
-    bar = Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    task = bar.add_task("starting", total=None)
+    _say(f"{len(prepared.rows)} training examples; {used} of {asked} safety prompts are used")
+    bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    task = bar.add_task("", total=None)
+    view = Live(bar.get_renderable(), console=console)
 
     def show(progress: Progress) -> None:
-        bar.update(
-            task,
-            completed=progress.step,
-            total=progress.max_steps,
-            description=_description(progress),
-        )
+        bar.update(task, completed=progress.step, total=progress.max_steps)
+        view.update(Group(bar.get_renderable(), Text(_description(progress))))
 
-    with bar, _interruptible() as interrupted:
+    with view, _interruptible() as interrupted:
         outcome = run(prepared, show, interrupted)
+    if not console.is_terminal:
+        console.print()  # the last view in a log has no line end
+    ends = outcome.report["alignment_loss"]
+    _say(f"alignment loss {ends['start']:.3f} before, {ends['end']:.3f} after")
     if outcome.finished:
-        console.print(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
+        _say(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
         return
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
     again = shlex.join(["safeopt", *arguments, *(() if config.resume else ("--resume",))])
-    console.print(f"[yellow]interrupted; a checkpoint was saved. Continue with[/]\n  {again}")
+    console.print("[yellow]interrupted; a checkpoint was saved. Continue with[/]")
+    _say(f"  {again}")
     raise typer.Exit(130)
 
 
+def _say(text: str) -> None:
+    """Print text as it is: not wrapped, so that it can be copied, and without markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _description(progress: Any) -> str:
-    """One line: task loss, alignment loss measured (predicted), coupling, share of safety."""
+    """One line: task loss, alignment loss, coupling, the safety passes' share of the time."""
     parts = []
     if progress.task_loss is not None:
         parts.append(f"task {progress.task_loss:.3f}")
     figures = progress.figures
     if "alignment_loss" in figures:
         parts.append(
-            f"alignment {figures['alignment_loss']:.3f} measured, "
-            f"{figures['alignment_predicted']:.3f} predicted"
+            f"alignment {figures['alignment_loss']:.3f} "
+            f"(pred. {figures['alignment_predicted']:.3f})"
         )
     if "coupling" in figures:
-        parts.append(f"coupling {figures['coupling']:.2g}")
+        parts.append(f"coupling {figures['coupling']:.3g}")
     if figures:
-        parts.append(f"safety {progress.safety_share:.0%} of the time")
+        parts.append(f"safety cost {progress.safety_share:.0%}")
     return " · ".join(parts)
 
 
@@ -174,8 +180,8 @@ def _readable_errors() -> Iterator[None]:
     """What the user can mend is one sentence, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from safeopt.losses import IGNORE
 
 _FORMS = "prompt/response, messages, or instruction/input/output"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,15 @@ def read_examples(path: str | Path, *, need_response: bool = True) -> list[ChatE
     if not file.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; expected JSON lines ({_FORMS})")
     examples = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    examples.append(_example(json.loads(line), need_response))
+                    examples.append(_example(json.loads(line.decode("utf-8")), need_response))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
                 except ValueError as error:
                     raise ValueError(f"{path}:{number}: {error}") from None
     if not examples:
@@ -94,7 +97,8 @@ def encode(
         token.
 
     Raises:
-        ValueError: if the tokenizer has no chat template or the example no response.
+        ValueError: if the tokenizer has no chat template, the template does not take the
+            conversation, or the example has no response.
     """
     if example.response is None:
         raise ValueError("example: the last message must be the assistant's response")
@@ -103,7 +107,8 @@ def encode(
     if whole[: len(prompt)] != prompt:
         # Templates that rewrite earlier turns: append the response as plain text.
         whole = prompt + list(tokenizer(example.response, add_special_tokens=False)["input_ids"])
-        whole.append(tokenizer.eos_token_id)
+        if tokenizer.eos_token_id is not None:
+            whole.append(tokenizer.eos_token_id)
     elif tokenizer.eos_token_id in whole[len(prompt) :]:
         # Some templates add a line break after the end token, which no model has to predict.
         end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
@@ -177,14 +182,23 @@ def safety_batches(
 def _template(
     tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
 ) -> list[int]:
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise ValueError(
-            "tokenizer: it has no chat template, so prompts cannot be told from responses; set "
-            "tokenizer.chat_template, or use the chat version of the model"
+            "tokenizer: it has no chat template, so prompts cannot be told from responses; use the "
+            "chat version of the model, or set tokenizer.chat_template (--chat-template FILE)"
         )
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"chat template: it does not take a conversation of the roles {roles} ({error}); the "
+            f"conversation begins {messages[0]['content'][:40]!r}"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -204,7 +218,7 @@ def _example(line: Any, need_response: bool) -> ChatExample:
     else:
         raise ValueError(f"found the keys {sorted(line)}; expected {_FORMS}")
     if need_response and example.response is None:
-        raise ValueError("there is no response to learn from; the last message is the user's")
+        raise ValueError("there is no response to learn from; expected the assistant's at the end")
     return example
 
 
@@ -216,7 +230,17 @@ def _turn(line: dict[str, Any], prompt: str, response: str) -> ChatExample:
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise ValueError("messages: expected a list of objects with role and content")
-    return tuple({"role": _text(m, "role"), "content": _text(m, "content")} for m in value)
+    messages = tuple({"role": _text(m, "role"), "content": _text(m, "content")} for m in value)
+    roles = [message["role"] for message in messages]
+    for role in roles:
+        if role not in _ROLES:
+            raise ValueError(f'messages: role="{role}"; expected one of {", ".join(_ROLES)}')
+    if "user" not in roles or roles[-1] not in ("user", "assistant"):
+        raise ValueError(
+            f"messages: found the roles {', '.join(roles)}; expected a user's message, and the "
+            "user's or the assistant's as the last"
+        )
+    return messages
 
 
 def _text(line: dict[str, Any], key: str) -> str:

@@ -20,23 +20,37 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
 
     Raises:
         FileNotFoundError: if a ``.gguf`` file does not exist.
-        ValueError: if there is no such model, neither here nor on the hub.
+        ValueError: if there is no such model, neither here nor on the hub, it cannot be loaded, or
+            it is no causal language model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name_or_path)
     where: dict[str, Any] = {}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"model={name_or_path}: there is no such file")
-        name_or_path, where = str(path.parent), {"gguf_file": path.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **where)
-    except OSError as error:
+        where = {"gguf_file": path.name}
+    if (path / "adapter_config.json").is_file():
         raise ValueError(
-            f"model={name_or_path}: neither a folder with a model here nor one on the hub that can "
-            f"be reached ({str(error).splitlines()[0]})"
+            f"model={name_or_path}: this folder holds an adapter; merge it into its base model "
+            "(peft: merge_and_unload) and give the merged model"
+        )
+    source = str(path.parent) if where else name_or_path
+    renamed = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"a model of type {config.model_type} does not continue a text")
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, **{"dtype" if renamed else "torch_dtype": dtype}, **where
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"model={name_or_path}: expected the folder, the hub name or the .gguf file of a "
+            f"causal language model ({str(error).strip().splitlines()[0]})"
         ) from error
     if where:
         _forget_quantisation(model)

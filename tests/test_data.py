@@ -50,6 +50,9 @@ def test_an_input_follows_its_instruction(tmp_path):
         ({"prompt": "x"}, "data.jsonl:2: there is no response"),
         ({"messages": []}, "data.jsonl:2: messages: expected a list"),
         ({"messages": [{"role": "user"}]}, "data.jsonl:2: content: expected a text"),
+        ({"messages": [ASK, {**SAY, "role": "gpt"}]}, 'data.jsonl:2: messages: role="gpt"'),
+        ({"messages": [SAY]}, "data.jsonl:2: messages: found the roles assistant"),
+        ({"messages": [ASK]}, "data.jsonl:2: there is no response"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, words):
@@ -63,6 +66,13 @@ def test_missing_and_empty_files(tmp_path):
         read_examples(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="is empty"):
         read_examples(write(tmp_path / "empty.jsonl", "", ""))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "x", "response": "y"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: not UTF-8"):
+        read_examples(path)
 
 
 def test_safety_prompts_need_no_response(tmp_path):
@@ -87,6 +97,26 @@ def test_no_chat_template_is_an_error():
     words.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode(words, ChatExample((ASK, SAY)))
+
+
+def test_a_template_that_takes_no_system_message_is_an_error():
+    words = tiny.tokenizer.__wrapped__()
+    words.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(ValueError, match=r"the roles user \(no system\).* begins 'how do i make"):
+        encode(words, ChatExample((ASK, SAY)))
+
+
+def test_a_template_that_rewrites_earlier_turns_still_labels_the_response():
+    """Reasoning models' templates drop what the generation prompt holds from finished turns."""
+    words = tiny.tokenizer.__wrapped__()
+    words.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}first {% endif %}"
+    )
+    row = encode(words, ChatExample((ASK, SAY)))
+    labelled = [label for label in row["labels"] if label != IGNORE]
+    assert words.decode(labelled) == f"{SAY['content']} <|end|>"
+    assert row["input_ids"][-len(labelled) :] == labelled
 
 
 def test_batches_are_padded_on_the_side_asked_for():

@@ -151,7 +151,7 @@ def test_a_model_that_does_not_refuse_is_an_error(files, tmp_path):
     ],
 )
 def test_wrong_arguments_are_one_sentence(files, tmp_path, monkeypatch, change, words):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     out = tmp_path / "out"
     done = CliRunner().invoke(app, arguments(files, out, *change))
     assert done.exit_code == 2, done.output

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safeopt.optim import optimizers
 from safeopt.optim.config import SafetyConfig
@@ -22,6 +23,7 @@ class FinetuneConfig:
             refusal is taken.
         out: folder for everything that is written.
         harmless: JSON lines with harmless prompts that must not be refused; None for none.
+        chat_template: file with a Jinja chat template, instead of the tokenizer's own.
         optimizer: a name from `safeopt.optimizers`, or ``"adamw"``.
         full: train all parameters instead of a LoRA adapter.
         lora_rank: rank of the adapter.
@@ -51,6 +53,7 @@ class FinetuneConfig:
     safety: Path
     out: Path
     harmless: Path | None = None
+    chat_template: Path | None = None
     optimizer: str = "projected-adamw"
     full: bool = False
     lora_rank: int = 8
@@ -86,6 +89,9 @@ class FinetuneConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("warmup_steps", "weight_decay", "budget"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: expected a positive number")
         if self.max_length < 2:
@@ -96,3 +102,7 @@ class FinetuneConfig:
             raise ValueError(f"epochs={self.epochs}: expected a positive number")
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: continue the run or start it again, not both")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the choices as plain values; paths become strings."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,13 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from safeopt.data import collate
 from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
-from safeopt.finetuning.prepare import REPORT, Prepared
+from safeopt.finetuning.prepare import REPORT, Prepared, alignment_loss
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
+
+_RESULT = {False: "adapter", True: "model"}  # by FinetuneConfig.full
+_CURVES = "curves.png"
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Progress:
     Attributes:
         step: optimizer steps taken.
         max_steps: steps of the whole run.
-        task_loss: of the last logged step, None before.
+        task_loss: of the last line of the log, None before the first.
         figures: alignment loss measured and predicted, and coupling, as far as known.
         safety_share: share of the time since the start that went into safety passes.
     """
@@ -71,6 +76,9 @@ def run(
     """
     config = prepared.config
     out = Path(config.out)
+    if config.overwrite:
+        _clear(out)
+    earlier = _seconds(out / REPORT)
     watcher = _Watcher(prepared, listener, should_stop)
     callbacks: list[TrainerCallback] = [watcher]
     if config.optimizer != ADAMW:
@@ -100,17 +108,37 @@ def run(
         optimizers=(prepared.optimizer, None),
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # the listener shows progress, nobody prints
+    write_json(out / REPORT, _report(prepared, trainer, False, earlier))
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=prepared.checkpoint)
     finished = not watcher.stopped
-    folder = out / ("model" if config.full else "adapter")
+    folder = out / _RESULT[config.full]
     if finished:
         trainer.save_model(str(folder))
         prepared.tokenizer.save_pretrained(str(folder))
-    report = _report(prepared, trainer, finished, time.perf_counter() - began)
+    seconds = earlier + time.perf_counter() - began
+    report = _report(prepared, trainer, finished, seconds)
+    report["alignment_loss"]["end"] = alignment_loss(prepared.probe)
     write_json(out / REPORT, report)
-    save_curves(report, out / "curves.png")
+    save_curves(report, out / _CURVES)
     return Outcome(finished, folder, report)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run wrote, so that its checkpoints are not taken for this one's."""
+    for name in (REPORT, _CURVES):
+        (out / name).unlink(missing_ok=True)
+    for folder in (*out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(out / x for x in _RESULT.values())):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
+def _seconds(report: Path) -> float:
+    """Training time of the run that is resumed, 0 for a new one."""
+    if not report.is_file():
+        return 0.0
+    return float(json.loads(report.read_text(encoding="utf-8"))["seconds"])
 
 
 class _Rows:
@@ -148,23 +176,36 @@ class _Watcher(TrainerCallback):
         self.should_stop = should_stop
         self.stopped = False
         self._began = 0.0
+        self._safety_before = 0.0
+        self._task_loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
+        self._safety_before = self.prepared.probe.passes.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.should_stop() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+        if not control.should_log:
+            self._tell(state, kwargs["optimizer"])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The step's own loss is known only here, after alignment was restored where it had to be.
+        latest = state.log_history[-1]
+        if "loss" in latest:
+            self._task_loss = latest["loss"]
+            self._tell(state, kwargs["optimizer"])
+
+    def _tell(self, state: Any, optimizer: Any) -> None:
         protected = self.prepared.config.optimizer != ADAMW
-        optimizer = unwrapped(kwargs["optimizer"])
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        safety_seconds = self.prepared.probe.passes.seconds - self._safety_before
         self.listener(
             Progress(
                 state.global_step,
                 state.max_steps,
-                losses[-1] if losses else None,
-                safety_figures(safety_of(optimizer)) if protected else {},
-                self.prepared.probe.passes.seconds / (time.perf_counter() - self._began),
+                self._task_loss,
+                safety_figures(safety_of(unwrapped(optimizer))) if protected else {},
+                safety_seconds / (time.perf_counter() - self._began),
             )
         )
 
@@ -173,7 +214,7 @@ def _report(prepared: Prepared, trainer: Any, finished: bool, seconds: float) ->
     """What ``run.json`` holds: choices, counts, the log, measurements, cost and versions."""
     config = prepared.config
     report: dict[str, Any] = {
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "config": config.as_dict(),
         "finished": finished,
         "steps": trainer.state.global_step,
         "train_examples": len(prepared.rows),
@@ -182,6 +223,7 @@ def _report(prepared: Prepared, trainer: Any, finished: bool, seconds: float) ->
             p.numel() for p in prepared.model.parameters() if p.requires_grad
         ),
         "log": trainer.state.log_history,
+        "alignment_loss": {"start": prepared.alignment_loss, "end": None},
         "measurements": [],
         "passes": prepared.probe.passes.as_dict(),
         "seconds": seconds,

@@ -4,40 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safeopt.optim.geometry import Measurement, SafetyGeometry
 
 
-class SafetyCallback(TrainerCallback):
-    """Restores alignment before a checkpoint is saved and at the end, and logs what was measured.
-
-    Give it to a Trainer whose optimizer is one of ours or was passed through `safeopt.safeguard`:
-
-        Trainer(..., optimizers=(ProjectedAdamW(...), None), callbacks=[SafetyCallback()])
-
-    The log gets ``alignment_loss`` (the last measured), ``alignment_predicted`` and ``coupling``.
-
-    Attributes:
-        last: what the last restoring measured, None before it.
-    """
-
-    def __init__(self) -> None:
-        self.last: Measurement | None = None
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Restore if this step is followed by a checkpoint or by the end of training."""
-        final = control.should_training_stop or state.global_step >= state.max_steps
-        if control.should_save or final:
-            optimizer = unwrapped(kwargs["optimizer"])
-            if safety_of(optimizer).active:
-                self.last = optimizer.restore()
+class SafetyLog(TrainerCallback):
+    """Adds ``alignment_loss`` (the last measured), ``alignment_predicted`` and ``coupling``."""
 
     def on_log(
         self,
@@ -53,6 +26,94 @@ class SafetyCallback(TrainerCallback):
             logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
+
+
+class SafetyCallback(SafetyLog):
+    """Restores alignment before a checkpoint is saved and at the end, and logs what was measured.
+
+    Give it to a Trainer whose optimizer is one of ours or was passed through `safeopt.safeguard`:
+
+        Trainer(..., optimizers=(ProjectedAdamW(...), None), callbacks=[SafetyCallback()])
+
+    The figures of `SafetyLog` are in ``trainer.state.log_history``. Trainer calls TensorBoard and
+    the like before it; `install` it instead where they shall get the figures, too.
+
+    Attributes:
+        last: what the last restoring measured, None before it.
+    """
+
+    def __init__(self) -> None:
+        self.last: Measurement | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse an unprotected optimizer before the first step.
+
+        Raises:
+            TypeError: if the Trainer's optimizer is not protected.
+        """
+        safety_of(unwrapped(kwargs["optimizer"]))
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Restore if this step is followed by a checkpoint or by the end of training."""
+        # With save_strategy="best" an evaluation decides whether to save what was evaluated.
+        best = control.should_evaluate and args.save_strategy == "best"
+        final = control.should_training_stop or state.global_step >= state.max_steps
+        if control.should_save or best or final:
+            self._restore(kwargs["optimizer"])
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Restore if the epoch is followed by a checkpoint."""
+        if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
+            self._restore(kwargs["optimizer"])
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Restore where another callback ended training, unless a checkpoint was loaded."""
+        if not args.load_best_model_at_end:
+            self._restore(kwargs["optimizer"])
+
+    def _restore(self, wrapped: Any) -> None:
+        optimizer = unwrapped(wrapped)
+        if safety_of(optimizer).active:
+            self.last = optimizer.restore()
+
+
+def install(trainer: Trainer) -> SafetyCallback:
+    """Add a `SafetyCallback` to a Trainer such that its loggers get the safety figures as well.
+
+    Args:
+        trainer: with a protected optimizer; it has not trained yet.
+
+    Returns:
+        The callback.
+    """
+    callback = SafetyCallback()
+    trainer.add_callback(callback)  # last: it acts on what the others decide at a step's end
+    trainer.callback_handler.callbacks.insert(0, SafetyLog())  # first: before the loggers
+    return callback
 
 
 def safety_figures(safety: SafetyGeometry) -> dict[str, float]:

@@ -1,0 +1,90 @@
+"""`safeopt finetune`: what a run leaves behind, what it may resume, and errors in one sentence."""
+
+# ruff: noqa: F401, F811
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from test_finetune import arguments, config, files  # the fixture `files` is shared
+from typer.testing import CliRunner
+
+from safeopt.cli import app
+from safeopt.finetuning import prepare, run
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(files, tmp_path):
+    run(prepare(config(files, tmp_path)))
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    again = run(prepare(config(files, tmp_path, overwrite=True, max_steps=2)))
+    assert again.report["steps"] == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "notes.txt").exists(), "only what a run writes is removed"
+
+
+def test_a_resumed_run_keeps_its_choices(files, tmp_path):
+    run(prepare(config(files, tmp_path, max_steps=2)))
+    for change in ({"optimizer": "adamw"}, {"lora_rank": 4}, {"train": files / "harmless.jsonl"}):
+        with pytest.raises(ValueError, match=f"was started with {next(iter(change))}="):
+            prepare(config(files, tmp_path, resume=True, **change))
+    longer = run(prepare(config(files, tmp_path, resume=True, max_steps=4)))
+    assert longer.report["steps"] == 4
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(FileNotFoundError, match="which says what was started"):
+        prepare(config(files, tmp_path, resume=True))
+
+
+def test_the_adapter_loads_as_a_causal_language_model(files, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    outcome = run(prepare(config(files, tmp_path, max_steps=2)))
+    loaded = AutoPeftModelForCausalLM.from_pretrained(outcome.folder)
+    assert loaded.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=1).shape == (1, 3)
+
+
+def test_a_model_without_chat_template_takes_one_from_a_file(files, tmp_path):
+    plain = tmp_path / "model"
+    shutil.copytree(files / "model", plain)
+    template = (plain / "chat_template.jinja").rename(tmp_path / "template.jinja")
+    with pytest.raises(ValueError, match=r"no chat template.*--chat-template FILE"):
+        prepare(config(files, tmp_path / "out", model=str(plain)))
+    prepared = prepare(config(files, tmp_path / "out", model=str(plain), chat_template=template))
+    assert prepared.refused == (16, 16)
+
+
+def test_a_safety_conversation_needs_its_refusal(files, tmp_path):
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    path = tmp_path / "safety.jsonl"
+    path.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"3 messages .* has no response"):
+        prepare(config(files, tmp_path / "out", safety=path))
+
+
+def test_the_report_says_what_the_run_did_to_alignment(files, tmp_path):
+    done = CliRunner().invoke(app, arguments(files, tmp_path / "safe"), catch_exceptions=False)
+    assert "{'loss'" not in done.output, "Trainer's own lines would tear the progress bar apart"
+    safe = json.loads((tmp_path / "safe" / "run.json").read_text())["alignment_loss"]
+    assert safe["end"] == pytest.approx(safe["start"], 0.2)
+    plain = run(prepare(config(files, tmp_path / "plain", optimizer="adamw", max_steps=2)))
+    assert plain.report["alignment_loss"]["start"] == safe["start"]
+    assert plain.report["alignment_loss"]["end"] != safe["start"], (
+        "measured without protection, too"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--warmup-steps", "-1"), "warmup_steps=-1"),
+        (("--train", "[/x].jsonl"), "[/x].jsonl: there is no such file"),
+        (("--chat-template", "none.jinja"), "chat_template=none.jinja"),
+        (("--out", __file__), "it is a file"),
+    ],
+)
+def test_more_wrong_arguments_are_one_sentence(files, tmp_path, change, words):
+    done = CliRunner().invoke(app, arguments(files, tmp_path / "out", *change))
+    assert done.exit_code == 2, done.output
+    assert words in done.output.replace("\n", "")
+    assert not (tmp_path / "out").exists()

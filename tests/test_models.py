@@ -1,0 +1,85 @@
+"""Models by name: folders, GGUF files, and what cannot be loaded."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+import torch
+from tiny_models import tiny_llama
+from transformers import T5Config
+
+from safeopt.data import ChatExample, encode
+from safeopt.models import load_causal_lm
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOKENS = ["<pad>", "<end>", "<user>", "<assistant>", *(chr(97 + i) for i in range(26)), "ab"]
+
+
+def write_gguf(model, path):
+    """The model as llama.cpp's converter writes it: other names, rotary rows in another order."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    unused = [f"<unused{i}>" for i in range(config.vocab_size - len(TOKENS))]
+    writer.add_token_list(TOKENS + unused)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_token_types([control] * 4 + [normal] * (config.vocab_size - 4))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        for part, count in heads.items():
+            if part in name:
+                halves = tensor.view(count, 2, -1, tensor.shape[1])
+                tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path):
+    original = tiny_llama().eval()
+    write_gguf(original, tmp_path / "tiny.gguf")
+    model, tokenizer = load_causal_lm(str(tmp_path / "tiny.gguf"))
+    ids = torch.arange(4, 20)[None]
+    torch.testing.assert_close(model(ids).logits, original(ids).logits)
+    messages = ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"})
+    assert encode(tokenizer, ChatExample(messages))["input_ids"] == [2, 30, 1, 3, 6, 1]
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again, _ = load_causal_lm(str(tmp_path / "saved"))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model=none\.gguf: there is no such file"):
+        load_causal_lm("none.gguf")
+    (tmp_path / "text.gguf").write_bytes(b"not a GGUF file")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    T5Config().save_pretrained(tmp_path / "t5")
+    for name, words in {
+        "text.gguf": "GGUF magic",
+        "adapter": "holds an adapter; merge it",
+        "empty": "Unrecognized model",
+        "t5": "type t5 does not continue a text",
+    }.items():
+        with pytest.raises(ValueError, match=f"model=.*{name}.*{words}"):
+            load_causal_lm(str(tmp_path / name))
