@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from safeopt.data import prompt_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -105,7 +107,7 @@ def generate(
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name}={number}: expected at least 1")
-    rows = [_chat_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     answers = [""] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     ends = _end_tokens(model, tokenizer)
@@ -133,19 +135,6 @@ def generate(
             for i, text in zip(members, texts, strict=True):
                 answers[i] = text.strip()
     return answers
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "tokenizer: it has no chat template; use an instruction-tuned model, or set "
-            "tokenizer.chat_template"
-        )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    # The template has written the special tokens already.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
