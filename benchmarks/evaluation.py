@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.prefix import greedy, response_nll
 from benchmarks.tasks import Material
+from safeopt.data import prompt_ids
 from safeopt.refusals import is_refusal
 
 
@@ -63,16 +64,10 @@ class Evaluator:
             )
 
     def _refused(self, model: nn.Module, prompts: Sequence[str]) -> float:
-        rows = [self._prompt_ids(prompt) for prompt in prompts]
+        rows = [prompt_ids(self.tokenizer, [{"role": "user", "content": p}]) for p in prompts]
         answers = greedy(model, rows, self.new_tokens, self._ends(model))
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return sum(is_refusal(text) for text in texts) / len(texts)
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _ends(self, model: Any) -> list[int]:
         """The tokens that end an answer: the tokenizer's, and the model's own."""
