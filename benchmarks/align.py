@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.data.datasets import harmless_train, safety_splits
 from benchmarks.data.sources import CHAT_MODEL
+from benchmarks.hardness import refusal_losses, write_losses
+from benchmarks.inference import Row
 from benchmarks.models import smollm2
-from benchmarks.prefix import Row
 from benchmarks.tasks import REFUSAL, refusal_row
 from safeopt.data import collate
 from safeopt.losses import IGNORE, refusal_nll
@@ -37,7 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def align(out: Path, steps: int, seed: int, console: Console) -> None:
-    """Train the adapter and write it to ``out`` in bfloat16, with a README.
+    """Train the adapter and write it to ``out`` in bfloat16, with a README and `hardness.FILE`.
 
     Args:
         out: folder of the adapter.
@@ -52,13 +53,17 @@ def align(out: Path, steps: int, seed: int, console: Console) -> None:
         harmless = harmless_train()
         answers = generate(model, tokenizer, harmless, ANSWER_TOKENS, batch_size=40)
     answered = [_answer_row(tokenizer, *pair) for pair in zip(harmless, answers, strict=True)]
-    refused = [refusal_row(tokenizer, prompt) for prompt in safety_splits().align]
+    splits = safety_splits()
+    refused = [refusal_row(tokenizer, prompt) for prompt in splits.align]
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES))
     )
     adapted.train()
     losses = _train(adapted, refused, answered, tokenizer.pad_token_id, steps, rng, console)
     _save(adapted, out, steps, seed, losses)
+    with console.status("measuring how firmly each prompt of the probe's part is refused"):
+        probe = [refusal_row(tokenizer, prompt) for prompt in splits.probe]
+        write_losses(refusal_losses(adapted.eval(), probe), out)
     console.print(
         f"wrote {out}: refusal loss {losses[0]:.4f}, loss of the own answers {losses[1]:.3f} "
         "(nats per token, last step)"

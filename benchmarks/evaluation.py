@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from benchmarks.prefix import greedy, response_nll
+from benchmarks.inference import greedy, response_nll
 from benchmarks.tasks import Material
 from safeopt.data import prompt_ids
 from safeopt.refusals import is_refusal

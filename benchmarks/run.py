@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks.config import TINY, ConfigError, MethodConfig, RunConfig
 from benchmarks.data.datasets import labelled_refusals
 from benchmarks.environment import PeakMemory, environment
 from benchmarks.evaluation import Evaluator, Losses, Rates
+from benchmarks.hardness import hardest
 from benchmarks.judge import judge_quality
 from benchmarks.methods import METHODS, Setup
 from benchmarks.models import load, trainable
@@ -74,7 +76,9 @@ class _Bench:
         self.console = console
         with console.status(f"loading {config.model.name} and {config.task.name}"):
             self.model, tokenizer = load(config.model)
-            self.material = material(config, tokenizer)
+            everything = material(config, tokenizer)
+            safety = hardest(config, self.model, everything.safety)
+        self.material = replace(everything, safety=safety)
         self.evaluator = Evaluator(self.material, tokenizer, config.evaluation.new_tokens)
 
     def start(self, result: Result) -> tuple[Losses, Rates]:

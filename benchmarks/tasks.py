@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import tiny
 from benchmarks.config import ConfigError, RunConfig, TaskConfig
 from benchmarks.data import datasets
-from benchmarks.prefix import Row
+from benchmarks.inference import Row
 from safeopt.data import ChatExample, collate, encode
 from safeopt.losses import IGNORE, response_log_probs
 
@@ -72,7 +72,8 @@ def material(config: RunConfig, tokenizer: Any) -> Material:
     # The prompts are taken from the front of one shuffled list, so that a smaller number is a part
     # of a larger one.
     measured = random.Random(0).sample(measured, len(measured))
-    harmless = random.Random(0).sample(source.over_refusal(), len(source.over_refusal()))
+    harmless = source.over_refusal(config.evaluation.split)
+    harmless = random.Random(0).sample(harmless, len(harmless))
     wanted = config.evaluation
     return Material(
         train=rows[config.task.eval_examples :],

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.data.datasets import SafetySplits, split
+from benchmarks.data.datasets import SafetySplits, Split, split
 from safeopt.data import ChatExample, collate, encode
 from safeopt.losses import refusal_nll
 
@@ -68,9 +68,9 @@ def safety_splits() -> SafetySplits:
     return SafetySplits(align=align, probe=probe, tune=tune, test=test)
 
 
-def over_refusal() -> list[str]:
-    """Harmless requests that were not trained on."""
-    return _harmless()[1]
+def over_refusal(part: Split) -> list[str]:
+    """Harmless requests that were not trained on: every other one for each part."""
+    return _harmless()[1][part == "test" :: 2]
 
 
 def harmless_train() -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, refusal_nll
 from safeopt.per_example import PerExampleGradients, per_example_gradients, row_dtype
+from safeopt.prefix import share_prefix, tokens_run
 
 
 @dataclass
@@ -126,10 +127,14 @@ class SafetyProbe:
         """Alignment loss A(θ), the mean over the examples: one forward pass."""
         return float(self.values(indices).mean())
 
-    def response_lengths(self, indices: Sequence[int]) -> Tensor:
-        """Number of refusal tokens of each example, shape ``(m,)``, long; no pass."""
-        counts = [int((self._examples[i]["labels"][1:] != IGNORE).sum()) for i in indices]
-        return torch.tensor(counts)
+    def response_tokens(self, indices: Sequence[int]) -> Tensor:
+        """Number of refusal tokens of each example, shape ``(m,)``, float64; no pass.
+
+        0 for a loss of the caller's own: it need not be a mean over the refusal's tokens.
+        """
+        named = self.loss is refusal_nll or isinstance(self.loss, ReferenceKL)
+        labels = [self._examples[index]["labels"][1:] for index in indices]
+        return torch.tensor([int((x != IGNORE).sum()) * named for x in labels]).double()
 
     def gradient(
         self, params: Sequence[Tensor], indices: Sequence[int] | None = None
@@ -210,13 +215,15 @@ class SafetyProbe:
             yield sorted(by_length[start : start + self.micro_batch_size])
 
     def _run(self, members: Sequence[int], *, backward: bool) -> Tensor:
-        batch = _join([self._examples[index] for index in members], _device(self.model))
-        tokens = int(batch["attention_mask"].sum())
+        whole = _join([self._examples[index] for index in members], _device(self.model))
+        batch: dict[str, Tensor] = whole
+        if self.loss is refusal_nll and not backward:
+            batch = share_prefix(self.model, whole)
         self.passes.forward += 1
-        self.passes.forward_tokens += tokens
+        self.passes.forward_tokens += tokens_run(whole, batch)
         if backward:
             self.passes.backward += 1
-            self.passes.backward_tokens += tokens
+            self.passes.backward_tokens += tokens_run(whole, batch)
         losses = self.loss(self.model, batch)
         if losses.shape != (len(members),):
             raise ValueError(

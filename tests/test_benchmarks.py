@@ -15,10 +15,11 @@ from benchmarks import tiny
 from benchmarks.__main__ import app, main
 from benchmarks.config import CONFIGS, ConfigError, LoraConfig, RunConfig, load_config
 from benchmarks.figures import summaries, targets
+from benchmarks.hardness import FILE, hardest, refusal_losses
+from benchmarks.inference import greedy, response_nll
 from benchmarks.methods import Setup
 from benchmarks.methods.replay import Replay, ReplayOptions
-from benchmarks.models import trainable
-from benchmarks.prefix import greedy, response_nll
+from benchmarks.models import ADAPTER, trainable
 from benchmarks.records import Result, read_result, write_result
 from benchmarks.report import report
 from benchmarks.run import run
@@ -132,15 +133,35 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path, monke
 # --- passes ---
 
 
-def test_sharing_the_prefix_changes_nothing(config: RunConfig):
+def test_greedy_answers_are_those_of_plain_passes(config: RunConfig):
     model = tiny.model()
     rows = material(config, tiny.tokenizer())
-    for examples in (rows.alignment, rows.held_out, rows.alignment[:1]):
-        shared, plain = response_nll(model, examples), response_nll(model, examples, share=False)
-        assert torch.equal(shared[1], plain[1])
-        torch.testing.assert_close(shared[0], plain[0], rtol=1e-5, atol=1e-5)
     prompts = [row["input_ids"][:-5] for row in rows.alignment]
-    assert greedy(model, prompts, 6, [2]) == greedy(model, prompts, 6, [2], share=False)
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        answer = ids[len(prompt) :]
+        expected.append(answer[: answer.index(2)] if 2 in answer else answer)
+    assert greedy(model, prompts, 6, [2]) == expected
+
+
+def test_the_methods_get_the_prompts_that_are_refused_least_firmly(config: RunConfig):
+    model, rows = tiny.model(), material(config, tiny.tokenizer()).safety
+    chosen = hardest(config.model_copy(update={"safety_prompts": 5}), model, rows)
+    losses = refusal_losses(model, rows)
+    expected = sorted(losses, reverse=True)[:5]
+    assert [losses[rows.index(row)] for row in chosen] == expected
+    with pytest.raises(ConfigError, match="safety_prompts=1000"):
+        hardest(config.model_copy(update={"safety_prompts": 1000}), model, rows)
+
+
+def test_the_shipped_losses_belong_to_the_probe_prompts():
+    losses = json.loads((ADAPTER / FILE).read_text())
+    assert len(losses) == 520 // 2  # the second half of AdvBench
+    assert all(loss > 0 for loss in losses)
 
 
 def test_the_response_loss_is_the_model_s_own(config: RunConfig):

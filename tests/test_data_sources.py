@@ -278,8 +278,13 @@ def test_split_rejects_bad_fractions(fractions):
 
 
 def test_prompt_lists_are_clean_and_disjoint():
-    harmless, over = datasets.harmless_train(), datasets.over_refusal()
-    assert (len(harmless), len(over)) == (120, 64)
-    prompts = [datasets._normalised(prompt) for prompt in harmless + over]
+    parts = (
+        datasets.harmless_train(),
+        datasets.over_refusal("val"),
+        datasets.over_refusal("test"),
+    )
+    assert [len(part) for part in parts] == [120, 64, 64]
+    given = [prompt for part in parts for prompt in part]
+    prompts = [datasets._normalised(prompt) for prompt in given]
     assert len(set(prompts)) == len(prompts)
-    assert all(prompt == prompt.strip() and prompt for prompt in harmless + over)
+    assert all(prompt == prompt.strip() and prompt for prompt in given)

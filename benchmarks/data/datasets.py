@@ -25,6 +25,7 @@ from benchmarks.data.sources import CODEIO, GSM8K, HARMBENCH, PYRIT, SUMMARIES, 
 PROMPTS = Path(__file__).parent / "prompts"
 CODE_REQUEST = "Answer with a Python function named main_solution."
 T = TypeVar("T")
+Split = Literal["val", "test"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def advbench() -> list[str]:
     return [seed["value"].strip() for seed in yaml.load(text, loader)["seeds"]]
 
 
-def harmbench(split: Literal["val", "test"]) -> list[str]:
+def harmbench(split: Split) -> list[str]:
     """HarmBench's standard behaviours: 41 for validation, 159 for the test.
 
     The contextual and copyright behaviours are left out: a refusal of them means something else.
@@ -101,9 +102,13 @@ def summaries() -> list[tuple[str, str]]:
     return _distinct(pairs)
 
 
-def over_refusal() -> list[str]:
-    """64 harmless prompts that look harmful, for measuring over-refusal only."""
-    return _lines(PROMPTS / "over_refusal.txt")
+def over_refusal(part: Split) -> list[str]:
+    """64 harmless prompts that look harmful, for measuring over-refusal only.
+
+    As with the harmful ones, ``val`` is for choosing hyperparameters, ``test`` for published
+    figures.
+    """
+    return _lines(PROMPTS / f"over_refusal_{part}.txt")
 
 
 def harmless_train() -> list[str]:

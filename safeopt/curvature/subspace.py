@@ -8,12 +8,8 @@ subspace still rests on many examples:
     F     = GᵀG / w = UΛUᵀ         (empirical Fisher of the window; `solvers.gram`)
     R     = G Uᵀ                   (the window's gradients in the new basis, w × k numbers)
 
-Old losses are carried along by their own linear models, ℓ_j(c) = ℓ_j + R_j·c.
-
-Two kinds of examples share the window. A safety example is a harmful prompt with its refusal: its
-loss should return to the reference. A held example is a harmless prompt with the same refusal: its
-loss should not fall below what it was, for a step after which every prompt is refused lowers A
-too.
+How old examples are carried to a new anchor, and all of them brought back, stands in
+`safeopt.curvature.window`.
 """
 
 from __future__ import annotations
@@ -27,6 +23,7 @@ from torch import Tensor
 from safeopt.curvature.basis import DenseBasis, inner_products
 from safeopt.curvature.solvers import gram
 from safeopt.curvature.surrogate import Surrogate
+from safeopt.curvature.window import Window
 
 
 @dataclass
@@ -36,19 +33,14 @@ class SafetySubspace:
     Attributes:
         basis: U, k orthonormal directions over all protected parameters.
         eigenvalues: Λ, shape ``(k,)``, float64, largest first.
-        coefficients: R, shape ``(w, k)``, float64: each window example's gradient in the basis.
-        losses: shape ``(w,)``, float64: each window example's alignment loss at the anchor.
-        targets: shape ``(w,)``, float64: the loss below which a held example must not fall; nan for
-            a safety example.
+        window: the latest examples as linear models in the k coordinates.
         anchor: Uᵀθ_r, shape ``(k,)``, float64; θ_r itself is not stored.
         surrogate: the quadratic model of the alignment loss around the anchor.
     """
 
     basis: DenseBasis
     eigenvalues: Tensor
-    coefficients: Tensor
-    losses: Tensor
-    targets: Tensor
+    window: Window
     anchor: Tensor
     surrogate: Surrogate
 
@@ -65,34 +57,9 @@ class SafetySubspace:
         """Move the parameters inside the subspace, in place: θ += U·change."""
         self.basis.expand_into(params, change)
 
-    def restoring_step(self, limit: float, damping: float) -> Tensor:
-        """Damped Gauss-Newton step that brings the window's losses back; shape ``(k,)``.
-
-        It minimises ½Σ_j (e_j + R_j·c)² in Levenberg-Marquardt form: c = −Rᵀ(K + δ diag K)⁻¹e with
-        K = RRᵀ. e_j is a safety example's excess over the limit (none below it) and a held
-        example's shortfall from its target (none above it). Scaling the damping by diag K makes the
-        step independent of the gradients' lengths, which differ by orders of magnitude between
-        examples that the model refuses firmly and those it does not.
-
-        Args:
-            limit: the highest acceptable loss of a safety example, in nats a token.
-            damping: δ > 0.
-        """
-        excess = torch.where(
-            self.targets.isnan(),
-            (self.losses - limit).clamp(min=0),
-            (self.losses - self.targets).clamp(max=0),
-        )
-        products = self.coefficients @ self.coefficients.T
-        diagonal = products.diagonal()
-        # A row without a gradient has no constraint to keep; one keeps the system regular.
-        regular = torch.where(diagonal > 0, diagonal * damping, torch.ones_like(diagonal))
-        weights = torch.linalg.solve(products + torch.diag(regular), excess)
-        return -(self.coefficients.T @ weights)
-
     def rebase(self, params: Sequence[Tensor], step: Tensor, value: float) -> None:
         """Make the present parameters, θ_r + U·step, the anchor; A was measured as ``value``."""
-        self.losses = self.losses + self.coefficients @ step
+        self.window = self.window.moved(step)
         self.surrogate = self.surrogate.moved(step, value)
         self.anchor = self.basis.coordinates(params)
 
@@ -102,6 +69,7 @@ def updated_subspace(
     params: Sequence[Tensor],
     rows: Sequence[Tensor],
     losses: Tensor,
+    tokens: Tensor,
     targets: Tensor,
     *,
     rank: int,
@@ -114,6 +82,7 @@ def updated_subspace(
         params: the present parameters, one tensor each.
         rows: gradients of q new safety examples, one tensor ``(q, *p.shape)`` for each parameter.
         losses: their alignment losses, shape ``(q,)``.
+        tokens: their numbers of response tokens, see `Window`; shape ``(q,)``.
         targets: the losses below which held examples must not fall, nan for safety examples;
             shape ``(q,)``.
         rank: the largest number of directions.
@@ -125,32 +94,29 @@ def updated_subspace(
         previous one's.
     """
     fresh = losses.to(torch.float64)
-    targets = targets.to(fresh)
-    kept = 0 if previous is None else min(window - len(fresh), len(previous.losses))
-    if previous is None or kept <= 0 or previous.rank == 0:
-        all_rows, all_losses, all_targets, scale = list(rows), fresh, targets, 1.0
-    else:
-        c = previous.coordinates(params)
-        young = slice(len(previous.losses) - kept, None)
-        old_losses = previous.losses[young] + previous.coefficients[young] @ c
-        all_losses = torch.cat([old_losses, fresh])
-        all_targets = torch.cat([previous.targets[young], targets])
-        mix = previous.coefficients[young]
-        all_rows = [
-            torch.cat([(mix.to(block) @ block.flatten(1)).view(kept, *block.shape[1:]), row])
+    tokens, targets = tokens.to(fresh), targets.to(fresh)
+    value = float(fresh[targets.isnan()].mean())
+    kept = 0 if previous is None else min(window - len(fresh), len(previous.window))
+    scale = 1.0
+    if previous is not None and kept > 0 and previous.rank > 0:
+        old = previous.window.moved(previous.coordinates(params)).latest(kept)
+        rows = [
+            torch.cat(
+                [(old.coefficients.to(block) @ block.flatten(1)).view(-1, *block.shape[1:]), row]
+            )
             for block, row in zip(previous.basis.blocks, rows, strict=True)
         ]
+        fresh = torch.cat([old.losses, fresh])
+        tokens, targets = torch.cat([old.tokens, tokens]), torch.cat([old.targets, targets])
         scale = previous.surrogate.scale
-    eigenvalues, basis = gram(all_rows, rank)
-    eigenvalues = eigenvalues / len(all_losses)
-    coefficients = inner_products(all_rows, basis.blocks)
-    gradient = coefficients[all_targets.isnan()].mean(0)
+    eigenvalues, basis = gram(rows, rank)
+    eigenvalues = eigenvalues / len(fresh)
+    examples = Window(inner_products(rows, basis.blocks), fresh, tokens, targets)
+    gradient = examples.coefficients[examples.safety].mean(0)
     return SafetySubspace(
         basis,
         eigenvalues,
-        coefficients,
-        all_losses,
-        all_targets,
+        examples,
         basis.coordinates(params),
-        Surrogate(float(fresh[targets.isnan()].mean()), gradient, eigenvalues, scale),
+        Surrogate(value, gradient, eigenvalues, scale),
     )

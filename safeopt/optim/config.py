@@ -31,8 +31,8 @@ class SafetyConfig:
             other closely, take as many as steps have passed. At least 1.
         window: the number of latest examples whose gradients span the subspace, at least
             ``examples``.
-        newton_damping: δ of the Newton step relative to the mean eigenvalue, positive.
-        restore: take the Newton step where alignment was lost; False leaves projection alone.
+        newton_damping: δ of the restoring step, see `safeopt.curvature.window`; positive.
+        restore: step back where alignment was lost; False leaves projection alone.
         trial_examples: safety examples kept apart for the line search, at least 1.
         curvature: ``"fisher"``, or ``"random"``: the control experiment, a random subspace of equal
             rank that knows nothing of safety (nothing is restored with it).
@@ -47,7 +47,7 @@ class SafetyConfig:
     damping: float = 1.0
     budget: float = 0.005
     refresh: RefreshPolicy = field(default_factory=RefreshPolicy)
-    examples: int = 8
+    examples: int = 4
     window: int = 32
     newton_damping: float = 0.1
     restore: bool = True

@@ -10,14 +10,13 @@ One step of the base optimizer, θ → θ', is followed by
     θ' += U(c⁺ − c)                       one combination of k directions
 
 and, where `RefreshPolicy` says so, by a refresh: one forward and one backward pass on a few safety
-examples, which measures the alignment loss, renews the subspace and, if the loss is above its
-reference, takes a damped Newton step back inside the subspace.
+examples, which measures the alignment loss, renews the subspace and, where examples are lost,
+takes a damped Gauss-Newton step back inside the subspace (`safeopt.curvature.window`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,21 +28,17 @@ from safeopt.curvature import surrogate as maps
 from safeopt.curvature.basis import inner_products
 from safeopt.curvature.subspace import SafetySubspace, updated_subspace
 from safeopt.optim.config import SafetyConfig
+from safeopt.optim.examples import ExampleRota
 from safeopt.probe import PassCounter, SafetyProbe
 
 logger = logging.getLogger("safeopt")
 
-# Near the reference the loss is quadratic, ℓ ≈ ½ d²h: its linear model, slope dh, reaches zero half
-# way back. So the Gauss-Newton step is taken at twice its length unless the line search objects.
-_FULL_LENGTH = 2.0
-_LENGTHS = (_FULL_LENGTH, 1.0, 0.5, 0.25)
-# A held example's target is its loss before fine-tuning, but never more than the loss at which the
-# whole refusal has this probability: what is refused that rarely needs no protection.
-_RARELY_REFUSED = 0.05
-# Held examples come round again and again, so that each one's loss before fine-tuning is known.
-_HELD_POOL = 12
-# The reference is a mean over so many safety examples.
-_FIRST_LOOK = 4
+# Lengths of the restoring step that the line search tries, longest first.
+_LENGTHS = (1.0, 0.5, 0.25)
+# A step that is not followed by another look within so many steps is searched, not just taken.
+_SOON = 16
+# `restore` gives up after so many rounds of measuring and stepping back.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,8 @@ class Measurement:
         step: optimizer steps taken before it.
         alignment_loss: mean over the examples drawn, before any restoring.
         predicted: what the surrogate expected there; None at the first look.
-        restored_to: the surrogate's loss after restoring, or the trial examples' where a line
-            search was made; None where nothing was restored.
+        restored_to: what is expected of these examples after restoring or, where the trial
+            examples were run again, their loss; None where nothing was restored.
         examples: number of safety examples drawn.
     """
 
@@ -75,7 +70,8 @@ class SafetyGeometry:
 
     Attributes:
         subspace: the present estimate, None before the first step.
-        reference: the alignment loss before fine-tuning, None before the first step.
+        reference: the alignment loss before fine-tuning, a mean over the trial examples and those
+            of the first look; None before the first step.
         history: all measurements, oldest first.
         coupling: γ_t, see `observe_gradient`; None before two steps on one subspace.
         step_count: optimizer steps seen.
@@ -97,19 +93,15 @@ class SafetyGeometry:
             )
         self.probe = probe
         self.config = config
+        self.rota = ExampleRota(probe, config.trial_examples, config.seed)
         self.subspace: SafetySubspace | None = None
         self.reference: float | None = None
         self.history: list[Measurement] = []
         self.coupling: float | None = None
         self.step_count = 0
         self.last_refresh = 0
-        order = _permutation(len(probe), config.seed)
-        self._trial, self._pool = order[: config.trial_examples], order[config.trial_examples :]
-        held = [len(probe) + i for i in _permutation(probe.held_count, config.seed)]
-        self._held_pool = held[:_HELD_POOL]
-        self._held_targets = torch.zeros(0, dtype=torch.float64)
-        self._drawn = 0
-        self._held_drawn = 0
+        self._checked = 0  # the step at which `restore` last ran to its end
+        self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
         self._position = torch.zeros(0, dtype=torch.float64)  # c after the last step
         self._first_drift: Tensor | None = None
         self._taken_back = torch.zeros(0, dtype=torch.float64)  # Σ (c − c⁺) since the last refresh
@@ -122,8 +114,8 @@ class SafetyGeometry:
 
     @property
     def held_count(self) -> int:
-        """Number of held examples in use."""
-        return len(self._held_pool)
+        """Number of held examples."""
+        return self.probe.held_count
 
     @property
     def passes(self) -> PassCounter:
@@ -145,10 +137,11 @@ class SafetyGeometry:
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
-            if self._held_pool:
-                self._held_targets = self._held_limits()
-            self._estimate(params, _FIRST_LOOK)
-            self.reference = self.history[-1].alignment_loss
+            self._trial_reference = self.probe.value(self.rota.trial)
+            self._estimate(params, self.config.examples)
+            first, trial = self.history[-1], len(self.rota.trial)
+            total = self._trial_reference * trial + first.alignment_loss * first.examples
+            self.reference = total / (trial + first.examples)
 
     def after_step(self, params: Sequence[Tensor], learning_rate: float) -> None:
         """Protect the parameters that the base optimizer has just moved.
@@ -167,23 +160,48 @@ class SafetyGeometry:
         self._taken_back = self._taken_back + (c - mapped)
         self._position = mapped
         if self.config.refresh.due(self.step_count, self.last_refresh, self._drift()):
-            self._refresh(params, search=False)
+            self._refresh(params)
 
     def restore(self, params: Sequence[Tensor]) -> Measurement:
         """Measure the alignment loss now and, where it exceeds the budget, restore it.
 
-        For the moments that count: before a checkpoint is saved and at the end of training.
+        For the moments that count: before a checkpoint is saved and at the end of training. It ends
+        when the trial examples, which span no subspace, are within the budget, or after three
+        rounds.
 
         Returns:
-            The measurement; the last one if no step was taken since.
+            The last measurement. Cost: one forward pass on the trial examples and, unless a refresh
+            has just been made, one refresh; more where alignment was lost; nothing if no step was
+            taken since the last call.
         """
         if not self.active:
             raise RuntimeError("restore: damping=0 has switched the protection off")
         if self.subspace is None:
             self.before_step(params)
-        elif self.step_count > self.last_refresh:
-            self._refresh(params, search=True)
+        elif self.step_count > self._checked:
+            self._restore(params)
+            self._checked = self.step_count
         return self.history[-1]
+
+    def _restore(self, params: Sequence[Tensor]) -> None:
+        trial: float | None = None
+        if self.step_count > self.last_refresh:
+            trial = self._refresh(params, search=True)
+        if not self._restores:
+            return
+        assert self._trial_reference is not None
+        limit = self._trial_reference + self.config.budget
+        for _ in range(_ROUNDS):
+            trial = self.probe.value(self.rota.trial) if trial is None else trial
+            if trial <= limit:
+                return
+            trial = self._refresh(params, search=True, trial=trial)
+        logger.warning(
+            "after %d rounds of restoring the trial examples' loss is %s, above its limit %.4f",
+            _ROUNDS,
+            trial,
+            limit,
+        )
 
     def observe_gradient(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
         """Update the coupling γ_t from the task gradient's coordinates, which cost k numbers.
@@ -205,8 +223,10 @@ class SafetyGeometry:
         return {
             "step_count": self.step_count,
             "last_refresh": self.last_refresh,
-            "drawn": self._drawn,
-            "held_drawn": self._held_drawn,
+            "drawn": self.rota.drawn,
+            "held_drawn": self.rota.held_drawn,
+            "checked": self._checked,
+            "trial_reference": self._trial_reference,
             "reference": self.reference,
             "coupling": self.coupling,
         }
@@ -216,7 +236,7 @@ class SafetyGeometry:
         return {
             "position": self._position,
             "taken_back": self._taken_back,
-            "held_targets": self._held_targets,
+            "held_targets": self.rota.held_targets,
             "first_drift": self._first_drift,
             "last_gradient": self._last_gradient,
         }
@@ -229,16 +249,18 @@ class SafetyGeometry:
     ) -> None:
         """Continue from a checkpoint's counters, subspace and vectors."""
         self.step_count, self.last_refresh = state["step_count"], state["last_refresh"]
-        self._drawn, self._held_drawn = state["drawn"], state["held_drawn"]
+        self._checked = state["checked"]
+        self.rota.drawn, self.rota.held_drawn = state["drawn"], state["held_drawn"]
+        self._trial_reference = state["trial_reference"]
         self.reference, self.coupling = state["reference"], state["coupling"]
         self.history = [Measurement(*entry) for entry in state["history"]]
         self.subspace = subspace
-        empty = torch.zeros(0, dtype=torch.float64)
-        self._position = vectors.get("position", empty)  # type: ignore[assignment]
-        self._taken_back = vectors.get("taken_back", empty)  # type: ignore[assignment]
-        self._held_targets = vectors.get("held_targets", empty)  # type: ignore[assignment]
-        self._first_drift = vectors.get("first_drift")
-        self._last_gradient = vectors.get("last_gradient")
+        if subspace is not None:
+            self._position = vectors["position"]  # type: ignore[assignment]
+            self._taken_back = vectors["taken_back"]  # type: ignore[assignment]
+            self.rota.held_targets = vectors["held_targets"]  # type: ignore[assignment]
+            self._first_drift = vectors["first_drift"]
+            self._last_gradient = vectors["last_gradient"]
 
     def _map(self, c: Tensor) -> Tensor:
         """The configured map c → c⁺; its target c* is the anchor."""
@@ -265,26 +287,53 @@ class SafetyGeometry:
         surrogate = self.subspace.surrogate
         return surrogate.predict(self._taken_back) - surrogate.value
 
-    def _refresh(self, params: Sequence[Tensor], *, search: bool) -> None:
-        """Measure, renew the subspace and step back where an example of the window is lost."""
+    @property
+    def _restores(self) -> bool:
+        """Whether lost examples are brought back: a random subspace knows none."""
+        return self.config.restore and self.config.curvature == "fisher"
+
+    def _refresh(
+        self, params: Sequence[Tensor], *, search: bool = False, trial: float | None = None
+    ) -> float | None:
+        """Measure, renew the subspace and step back where an example of the window is lost.
+
+        Args:
+            params: the protected parameters.
+            search: whether the step's length is searched even if another look follows soon.
+            trial: the trial examples' loss, where it was just measured.
+
+        Returns:
+            The trial examples' loss now, None if it was not measured.
+        """
         assert self.reference is not None
         steps = self.step_count - self.last_refresh
-        self._estimate(params, min(max(steps, 2), self.config.examples))
-        if not self.config.restore or self.config.curvature != "fisher":
-            return
+        drawn = self._estimate(params, min(max(steps, 2), self.config.examples))
+        if not self._restores:
+            return trial
         assert self.subspace is not None
+        window = self.subspace.window
         limit = self.reference + self.config.budget
-        step = self.subspace.restoring_step(limit, self.config.newton_damping)
-        if step.any():
-            latest = self.history[-1]
-            # A refresh that follows soon is the check of this one; a late one makes its own.
-            search = search or latest.examples >= 2 * self.config.trial_examples
-            lost = latest.alignment_loss > limit
-            restored = self._newton_step(params, step, search=search and lost)
-            self.history[-1] = replace(latest, restored_to=restored)
+        step = window.restoring_step(limit, self.config.newton_damping)
+        if not step.any():
+            return trial
+        if search or steps >= _SOON:
+            step, trial = self._search(params, step, trial)
+        else:
+            self.subspace.shift(params, step)
+            trial = None
+        fresh = window.moved(step).latest(drawn)
+        expected = float(fresh.losses[fresh.safety].mean())
+        self.subspace.rebase(params, step, expected)
+        restored = expected if trial is None else trial
+        self.history[-1] = replace(self.history[-1], restored_to=restored)
+        return trial
 
-    def _estimate(self, params: Sequence[Tensor], count: int) -> None:
-        """Draw examples, measure the alignment loss and renew the subspace at ``params``."""
+    def _estimate(self, params: Sequence[Tensor], count: int) -> int:
+        """Draw examples, measure the alignment loss and renew the subspace at ``params``.
+
+        Returns:
+            The number of examples drawn, safety and held ones.
+        """
         own = {id(p) for p in self.probe.model.parameters()}
         foreign = sum(id(p) not in own for p in params)
         if foreign:
@@ -293,13 +342,10 @@ class SafetyGeometry:
                 "probe's model; give the probe the model that is trained"
             )
         predicted = self.predicted
-        count = min(count, len(self._pool))
-        safety = [self._pool[(self._drawn + i) % len(self._pool)] for i in range(count)]
-        held_count = min(count, len(self._held_pool))
-        held = [(self._held_drawn + i) % len(self._held_pool) for i in range(held_count)]
-        losses, rows = self.probe.per_example(params, safety + [self._held_pool[i] for i in held])
-        targets = torch.full((count + held_count,), torch.nan, dtype=torch.float64)
-        targets[count:] = self._held_targets[held].to(targets)
+        look = self.rota.next(count)
+        losses, rows = self.probe.per_example(params, look.indices)
+        tokens = self.probe.response_tokens(look.indices)
+        targets = self.rota.targets(look, losses, tokens)
         if self.config.curvature == "random":
             rows = self._random_rows(rows)
         self.subspace = updated_subspace(
@@ -307,73 +353,49 @@ class SafetyGeometry:
             params,
             rows,
             losses,
+            tokens,
             targets,
             rank=self.config.rank,
             window=self.config.window,
         )
-        self._drawn += count
-        self._held_drawn += held_count
+        self.rota.advance(look, targets)
         self.last_refresh = self.step_count
         self._position = torch.zeros_like(self.subspace.anchor)
         self._taken_back = torch.zeros_like(self.subspace.anchor)
         self._first_drift = self._last_gradient = None
-        self.history.append(
-            Measurement(
-                self.step_count, self.subspace.surrogate.value, predicted, None, len(safety)
-            )
-        )
+        value = self.subspace.surrogate.value
+        self.history.append(Measurement(self.step_count, value, predicted, None, len(look.safety)))
         logger.info("safety subspace at step %d: %s", self.step_count, self.history[-1])
+        return len(look.indices)
 
-    def _held_limits(self) -> Tensor:
-        """The losses below which held examples must not fall, shape ``(h,)``, float64."""
-        before = self.probe.values(self._held_pool).double()
-        lengths = self.probe.response_lengths(self._held_pool).to(before)
-        return torch.minimum(before, -math.log(_RARELY_REFUSED) / lengths)
-
-    def _newton_step(self, params: Sequence[Tensor], step: Tensor, *, search: bool) -> float:
-        """Step back inside the subspace; returns the alignment loss there."""
-        assert self.subspace is not None
-        subspace = self.subspace
-        length = _FULL_LENGTH
-        if search:
-            length, change = self._search(params, step)
-        else:
-            subspace.shift(params, length * step)
-            change = subspace.surrogate.predict(length * step) - subspace.surrogate.value
-        value = max(subspace.surrogate.value + change, 0.0)
-        subspace.rebase(params, length * step, value)
-        return value
-
-    def _search(self, params: Sequence[Tensor], step: Tensor) -> tuple[float, float]:
+    def _search(
+        self, params: Sequence[Tensor], step: Tensor, before: float | None
+    ) -> tuple[Tensor, float]:
         """Backtracking line search on the trial examples; moves the parameters.
 
         Returns:
-            The accepted length, 0 if no step lowers the loss, and the change of the loss.
+            The step taken, zero if every length raises the trial loss, and the trial loss there.
         """
         assert self.subspace is not None
-        before = self.probe.value(self._trial)
+        assert self._trial_reference is not None
+        trial = self.rota.trial
+        before = self.probe.value(trial) if before is None else before
+        # Where the trial examples have lost nothing, the step need not improve them.
+        limit = max(before, self._trial_reference + self.config.budget)
         tried = 0.0
         for length in _LENGTHS:
             self.subspace.shift(params, (length - tried) * step)
             tried = length
-            change = self.probe.value(self._trial) - before
-            if change < 0:
-                break
-        else:
-            self.subspace.shift(params, -tried * step)
-            return 0.0, 0.0
-        self.subspace.surrogate = self.subspace.surrogate.with_scale_from(step, [length], [change])
-        return length, change
+            value = self.probe.value(trial)
+            if value < limit:
+                return length * step, value
+        self.subspace.shift(params, -tried * step)
+        return torch.zeros_like(step), before
 
     def _random_rows(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Rows of the same lengths in random directions: the control experiment."""
-        generator = torch.Generator().manual_seed(self.config.seed + self._drawn)
+        generator = torch.Generator().manual_seed(self.config.seed + self.rota.drawn)
         noise = [torch.randn(row.shape, generator=generator).to(row) for row in rows]
         lengths = inner_products(rows, rows).diagonal().sqrt()
         lengths = lengths / inner_products(noise, noise).diagonal().sqrt()
         return [x * lengths.to(x).view(-1, *[1] * (x.dim() - 1)) for x in noise]
-
-
-def _permutation(count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator).tolist()

@@ -17,19 +17,21 @@ from torch import Tensor
 from safeopt.curvature.basis import DenseBasis
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.surrogate import Surrogate
+from safeopt.curvature.window import Window
 from safeopt.probe import PassCounter
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
 VERSION = 1
-_COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn")
-_NUMBERS = ("reference", "coupling")
+_COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn", "checked")
+_NUMBERS = ("reference", "trial_reference", "coupling")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
 _SHAPES = {
     "eigenvalues": "k",
     "coefficients": "wk",
     "losses": "w",
+    "tokens": "w",
     "targets": "w",
     "anchor": "k",
     "gradient": "k",
@@ -37,6 +39,7 @@ _SHAPES = {
     "taken_back": "k",
     "held_targets": "h",
 }
+_WINDOW = ("coefficients", "losses", "tokens", "targets")
 _OPTIONAL = ("first_drift", "last_gradient")  # k numbers, or None
 
 
@@ -54,9 +57,7 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
         state["subspace"] = {
             "basis": [block.clone() for block in subspace.basis.blocks],
             "eigenvalues": subspace.eigenvalues.clone(),
-            "coefficients": subspace.coefficients.clone(),
-            "losses": subspace.losses.clone(),
-            "targets": subspace.targets.clone(),
+            **{name: getattr(subspace.window, name).clone() for name in _WINDOW},
             "anchor": subspace.anchor.clone(),
             "value": subspace.surrogate.value,
             "gradient": subspace.surrogate.gradient.clone(),
@@ -125,7 +126,7 @@ def _check_subspace(subspace: Mapping[str, Any], params: Sequence[Tensor]) -> No
             f'{where}["basis"]: its shapes do not fit the parameters '
             f"({len(shapes)} blocks of rank {rank} for {len(params)} parameters)"
         )
-    finite = [subspace[name] for name in (*_SHAPES, *present) if name != "targets"]
+    finite = [subspace[name] for name in (*_SHAPES, *present) if "targets" not in name]
     if not all(bool(torch.isfinite(x).all()) for x in (*subspace["basis"], *finite)):
         raise ValueError(f"{where}: it holds a value that is not finite")
     if not (_is_number(subspace["value"]) and _is_number(subspace["scale"])):
@@ -161,9 +162,7 @@ def load_state(
                 [x.to(p.device).clone() for x, p in zip(stored["basis"], params, strict=True)]
             ),
             small["eigenvalues"],
-            small["coefficients"],
-            small["losses"],
-            small["targets"],
+            Window(*(small[name] for name in _WINDOW)),
             small["anchor"],
             Surrogate(stored["value"], small["gradient"], small["eigenvalues"], stored["scale"]),
         )

@@ -1,0 +1,94 @@
+"""Sharing the common beginning of a batch: the same numbers from fewer tokens."""
+
+import pytest
+import torch
+from tiny_models import tiny_gpt2, tiny_llama, with_lora
+from torch import nn
+
+from safeopt.losses import IGNORE, refusal_nll, response_log_probs
+from safeopt.prefix import share_prefix, tokens_run
+
+
+def batch_of(lengths=(14, 17, 12), beginning=9, response=2, seed=0):
+    """Left-padded rows with a common beginning and a response at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(4, 40, (beginning,), generator=generator)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        own = torch.randint(4, 40, (length - beginning,), generator=generator)
+        own[0] = 4 + row  # the rows differ right after the beginning
+        ids[row, -length:] = torch.cat([start, own])
+        mask[row, -length:] = 1
+        labels[row, -response:] = ids[row, -response:]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("lengths", [(14, 17, 12), (13, 13), (40, 12)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_losses_and_tokens(lengths, lora):
+    model = tiny_llama(dtype=torch.float64)
+    model = (with_lora(model) if lora else model).eval()
+    batch = batch_of(lengths)
+    shared = share_prefix(model, batch)
+    assert shared["attention_mask"].shape == (len(lengths), max(lengths))
+    assert shared["input_ids"].shape == (len(lengths), max(lengths) - 9)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            refusal_nll(model, shared), refusal_nll(model, batch), rtol=1e-12, atol=1e-12
+        )
+    assert tokens_run(batch, shared) == sum(lengths) - 9 * (len(lengths) - 1)
+    assert tokens_run(batch, batch) == sum(lengths)
+
+
+def test_the_token_that_predicts_the_first_label_is_not_shared():
+    model = tiny_llama(dtype=torch.float64).eval()
+    ids = torch.arange(4, 20).repeat(2, 1)
+    labels = ids.masked_fill(torch.arange(16) < 10, IGNORE)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    shared = share_prefix(model, batch)
+    assert shared["input_ids"].shape[1] == 16 - 9
+    with torch.no_grad():
+        shared_log_probs, targets = response_log_probs(model, shared)
+        log_probs, expected = response_log_probs(model, batch)
+    assert torch.equal(targets, expected)
+    torch.testing.assert_close(shared_log_probs, log_probs, rtol=1e-12, atol=1e-12)
+
+
+class _NoCache(nn.Module):
+    def forward(self, input_ids, attention_mask=None):
+        raise AssertionError("nothing was to be run")
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (tiny_llama(), batch_of((14,))),
+        (tiny_llama(), batch_of(beginning=7)),
+        (tiny_llama(), {**batch_of(), "token_type_ids": torch.zeros(3, 17)}),
+        (_NoCache(), batch_of()),
+    ],
+    ids=["one row", "short beginning", "other entries", "no cache"],
+)
+def test_what_is_not_shared_is_returned_as_it_is(model, batch):
+    shared = share_prefix(model, batch)
+    assert shared.keys() == batch.keys()
+    assert all(shared[name] is batch[name] for name in batch)
+
+
+def test_a_model_with_a_window_is_left_alone():
+    model = tiny_llama().eval()
+    model.config.sliding_window = 4
+    assert "past_key_values" not in share_prefix(model, batch_of())
+
+
+def test_another_architecture():
+    model, batch = tiny_gpt2(dtype=torch.float64).eval(), batch_of()
+    shared = share_prefix(model, batch)
+    assert "past_key_values" in shared
+    with torch.no_grad():
+        torch.testing.assert_close(
+            refusal_nll(model, shared), refusal_nll(model, batch), rtol=1e-12, atol=1e-12
+        )
