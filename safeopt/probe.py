@@ -7,6 +7,7 @@ random state, train/eval mode and hooks are as before, also when something raise
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -104,6 +105,28 @@ class SafetyProbe:
     def __len__(self) -> int:
         """Number of safety examples; the held ones follow them, at indices from here on."""
         return len(self._examples) - self.held_count
+
+    def hardest(self, count: int) -> SafetyProbe:
+        """A probe with only the ``count`` safety examples whose loss is highest now.
+
+        Fine-tuning loses those refusals first that are least firm. A probe of prompts that the
+        model refuses firmly notices late; call this before fine-tuning if there are prompts to
+        choose from. Held examples stay as they are.
+
+        Raises:
+            ValueError: if there are not so many, or with ``loss="kl"``, which is zero for every
+                example before fine-tuning.
+
+        Cost: one forward pass on all safety examples.
+        """
+        if not 1 <= count <= len(self):
+            raise ValueError(f"count={count}: the probe has {len(self)} safety examples")
+        if isinstance(self.loss, ReferenceKL):
+            raise ValueError('loss="kl": it is zero before fine-tuning; use loss="nll"')
+        order = self.values().argsort(descending=True, stable=True)[:count].tolist()
+        chosen = copy.copy(self)
+        chosen._examples = [self._examples[i] for i in order] + self._examples[len(self) :]
+        return chosen
 
     def values(self, indices: Sequence[int] | None = None) -> Tensor:
         """Alignment loss of each example, in the order of ``indices``: one forward pass.

@@ -44,8 +44,9 @@ def test_refreshes_and_passes_are_exact(name):
     run(model, optimizer, 8)
     safety = optimizer.safety
     assert [entry.step for entry in safety.history] == [0, 3, 6]
-    assert [entry.examples for entry in safety.history[1:]] == [3, 3]
-    assert [backward for _, backward in seen] == [True] * 3
+    assert [entry.examples for entry in safety.history] == [3, 3, 3]
+    # The trial examples before fine-tuning, then three estimates.
+    assert [backward for _, backward in seen] == [False] + [True] * 3
     assert_counted(safety.passes, seen)
     assert (safety.step_count, safety.last_refresh) == (8, 6)
 
@@ -59,71 +60,77 @@ def test_early_refreshes_take_as_many_examples_as_steps(name):
 
 
 @names
-def test_held_examples_cost_one_look_and_a_share(name):
+def test_held_examples_cost_a_share(name):
+    """Half as many held examples as safety examples, in the same passes."""
     model, optimizer = build(name, held=True, refresh=RefreshPolicy.fixed(2), budget=math.inf)
     seen = record_passes(model)
     run(model, optimizer, 2)
-    # The held examples' losses before fine-tuning, then two estimates.
-    assert [backward for _, backward in seen[:2]] == [False, True]
-    assert sum(backward for _, backward in seen) == 2
+    assert [backward for _, backward in seen] == [False, True, True]
     assert_counted(optimizer.safety.passes, seen)
-    held = optimizer.safety.subspace.targets
-    assert int(held.isnan().sum()) == sum(entry.examples for entry in optimizer.safety.history)
-    assert len(held) > int(held.isnan().sum())
+    window = optimizer.safety.subspace.window
+    assert int(window.safety.sum()) == sum(e.examples for e in optimizer.safety.history) == 6
+    assert len(window) == 6 + 3
 
 
 @names
-def test_restore_measures_once(name):
-    model, optimizer = build(name, refresh=NEVER, budget=math.inf)
-    first = optimizer.restore()
-    assert (first.step, optimizer.safety.passes.backward) == (0, 1)
-    run(model, optimizer, 3)
-    seen = record_passes(model)
-    measured = optimizer.restore()
-    assert measured.step == 3
-    assert measured.restored_to is None
-    assert [backward for _, backward in seen] == [True]
-    assert optimizer.restore() is measured
-    assert len(seen) == 1
-    assert optimizer.safety.measured == measured.alignment_loss
+def test_restore_measures_the_trial_examples(name):
+    """Also right after a scheduled refresh; and again only after another step."""
+    for refresh, expected in ((NEVER, [True, False]), (RefreshPolicy.fixed(3), [False])):
+        model, optimizer = build(name, refresh=refresh, budget=math.inf)
+        first = optimizer.restore()
+        assert (first.step, optimizer.safety.passes.backward) == (0, 1)
+        run(model, optimizer, 3)
+        seen = record_passes(model)
+        measured = optimizer.restore()
+        assert measured.step == 3
+        assert measured.restored_to is None
+        assert [backward for _, backward in seen] == expected
+        assert optimizer.restore() is measured
+        assert len(seen) == len(expected)
+        assert optimizer.safety.measured == measured.alignment_loss
+
+
+def lose_everything(optimizer):
+    """Make the optimizer believe that the model was perfectly aligned, so that all is lost."""
+    optimizer.safety.reference = optimizer.safety._trial_reference = 0.0
 
 
 @names
-def test_restore_searches_on_the_trial_examples(name):
+def test_restore_ends_after_three_more_rounds(name, caplog):
     model, optimizer = build(name, refresh=NEVER, budget=0.0)
     run(model, optimizer, 1)
-    optimizer.safety.reference = 0.0  # so that something is lost
+    lose_everything(optimizer)
     seen = record_passes(model)
     before = optimizer.safety.probe.passes.forward
     measured = optimizer.restore()
-    assert measured.restored_to < measured.alignment_loss
-    backward = [wanted for _, wanted in seen]
-    assert backward[0]
-    assert not any(backward[1:])
-    assert 1 + 2 <= len(seen) <= 1 + 5  # one look before the search and one to four lengths
-    assert len({tokens for tokens, _ in seen[1:]}) == 1
+    assert measured.restored_to < optimizer.safety.history[1].alignment_loss
+    assert sum(backward for _, backward in seen) == 1 + 3
+    assert len(seen) <= 1 + 4 + 3 * (1 + 3)  # each round: one look, up to three lengths
     assert optimizer.safety.passes.forward - before == len(seen)
+    assert "after 3 rounds of restoring the trial examples' loss is" in caplog.text
+    assert optimizer.restore() is measured
 
 
 @names
 def test_line_search_backtracks(name, monkeypatch):
-    """Lengths 2, 1, ½, ¼ of one step are tried; without a gain the parameters stay."""
+    """Lengths 1, ½, ¼ of one step are tried; without a gain the parameters stay."""
     moves = []
-    for values in ([1.0, 0.9], [1.0, 1.1, 0.9], [1.0, 1.1, 1.1, 1.1, 0.9], [1.0] + [1.1] * 4):
+    for values in ([1.0, 0.9], [1.0, 1.1, 0.9], [1.0, 1.1, 1.1, 0.9], [1.0] + [1.1] * 3):
         model, optimizer = build(name, refresh=NEVER, budget=0.0)
         run(model, optimizer, 1)
-        optimizer.safety.reference = 0.0  # so that something is lost
+        optimizer.safety.reference, optimizer.safety._trial_reference = 0.0, 0.95
+        accepted = values[-1] < 1
         before, script = copies(trainable(model)), iter(values)
         monkeypatch.setattr(optimizer.safety.probe, "value", lambda *args, s=script: next(s))
-        measured = optimizer.restore()
+        optimizer.safety._refresh(trainable(model), search=True)
         assert next(script, None) is None
-        assert (measured.restored_to < measured.alignment_loss) == (values[-1] < 1)
+        measured = optimizer.safety.history[-1]
+        assert measured.restored_to == (values[-1] if accepted else 1.0)
         moves.append(
             torch.cat([(p - q).flatten() for p, q in zip(trainable(model), before, strict=True)])
         )
-    full = moves[0] / 2
-    for move, length in zip(moves, (2.0, 1.0, 0.25, 0.0), strict=True):
-        assert (move - length * full).norm() < 1e-4 * full.norm()
+    for move, length in zip(moves, (1.0, 0.5, 0.25, 0.0), strict=True):
+        assert (move - length * moves[0]).norm() < 1e-4 * moves[0].norm()
 
 
 @names

@@ -296,3 +296,20 @@ def test_errors_when_asked():
 def test_a_loss_object_is_used_as_given():
     probe = SafetyProbe(tiny_llama(), [safety_batch()], loss=ReferenceKL(top_k=3))
     assert probe.value() == pytest.approx(0, abs=1e-6)
+
+
+def test_hardest_keeps_the_examples_with_the_highest_loss():
+    model = tiny_llama()
+    probe = SafetyProbe(model, [safety_batch()], held=[safety_batch(seed=2)])
+    values = probe.values()
+    hard = probe.hardest(3)
+    assert len(hard) == 3
+    assert hard.held_count == probe.held_count
+    torch.testing.assert_close(hard.values(), values.sort(descending=True).values[:3])
+    held = [len(probe), len(probe) + 1]
+    torch.testing.assert_close(hard.values([3, 4]), probe.values(held))
+    for count in (0, len(probe) + 1):
+        with pytest.raises(ValueError, match=f"count={count}: the probe has {len(probe)} safety"):
+            probe.hardest(count)
+    with pytest.raises(ValueError, match='loss="kl": it is zero before fine-tuning'):
+        SafetyProbe(model, [safety_batch()], "kl").hardest(1)

@@ -1,6 +1,7 @@
 """End to end: a small transformer learns to refuse, forgets, and is repaired."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -86,23 +87,22 @@ def test_plain_training_forgets(forgotten):
     assert end[2] < 0.1 * start[2]
 
 
+# A held example may be brought up to a refusal with this probability.
+RARELY = -math.log(0.01) / len(REFUSAL)
+
+
 def test_restore_brings_alignment_back(aligned, forgotten):
-    """Drift unchecked for 40 steps, then three looks: most is regained, harmless prompts stay."""
+    """Drift unchecked for 40 steps, then one call: most is regained, harmless prompts stay."""
     model = load(aligned)
     optimizer = unchecked(model, probe_of(model))
     train(model, optimizer, range(5000, 5040), (HARMLESS, NEW_ANSWER))
     drifted = losses(model)
     assert drifted[0] == pytest.approx(forgotten[1][0], rel=0.05)
-    levels = [drifted[0]]
-    for step in range(3):
-        measured = optimizer.restore()
-        assert measured.restored_to < measured.alignment_loss
-        levels.append(losses(model)[0])
-        train(model, optimizer, [6000 + step], (HARMLESS, NEW_ANSWER))
-    assert levels == sorted(levels, reverse=True)
+    measured = optimizer.restore()
+    assert measured.restored_to < optimizer.safety.reference + 0.1
     after = losses(model)
-    assert after[0] < 0.3 * drifted[0]
-    assert after[1] > 0.9 * forgotten[0][1]
+    assert after[0] < 0.1 * drifted[0]
+    assert after[1] > 0.7 * RARELY
     assert after[2] < 0.05
 
 
@@ -116,12 +116,12 @@ def test_training_with_protection_keeps_alignment(aligned, forgotten):
     end = losses(model)
     assert end[0] - start[0] < 0.1 * (plain[0] - start[0])
     assert end[2] < 0.05
-    assert end[1] > 0.9 * start[1]
+    assert end[1] > 0.7 * RARELY
 
 
 def test_held_examples_keep_harmless_prompts_from_being_refused(aligned):
     """The same repair with and without them: only the step without them invites over-refusal."""
-    shift = {}
+    refused = {}
     for held in (True, False):
         model = load(aligned)
         optimizer = unchecked(model, probe_of(model, held=held))
@@ -129,10 +129,10 @@ def test_held_examples_keep_harmless_prompts_from_being_refused(aligned):
         before = losses(model)
         optimizer.restore()
         after = losses(model)
-        assert after[0] < 0.6 * before[0]
-        shift[held] = after[1] / before[1]
-    assert shift[True] > 0.95
-    assert shift[False] < 0.8
+        assert after[0] < 0.3 * before[0]
+        refused[held] = after[1]
+    assert refused[True] > 0.7 * RARELY
+    assert refused[False] < 0.75 * refused[True]
 
 
 def test_nothing_is_restored_where_nothing_is_lost(aligned):
