@@ -2,7 +2,14 @@
 
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.losses import ReferenceKL, refusal_nll
-from safeopt.optim import OptimizerInfo, ProjectedAdamW, optimizers, safeguard
+from safeopt.optim import (
+    OptimizerInfo,
+    PreconditionedSGD,
+    ProjectedAdamW,
+    SafetySAM,
+    optimizers,
+    safeguard,
+)
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import Measurement, SafetyGeometry
 from safeopt.probe import PassCounter, SafetyProbe
@@ -13,12 +20,14 @@ __all__ = [
     "Measurement",
     "OptimizerInfo",
     "PassCounter",
+    "PreconditionedSGD",
     "ProjectedAdamW",
     "ReferenceKL",
     "RefreshPolicy",
     "SafetyConfig",
     "SafetyGeometry",
     "SafetyProbe",
+    "SafetySAM",
     "optimizers",
     "refusal_nll",
     "safeguard",

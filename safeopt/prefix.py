@@ -44,11 +44,7 @@ def share_prefix(model: nn.Module, batch: Batch) -> dict[str, Any]:
     cache = DynamicCache()
     first = ids[0, width - int(mask[0].sum()) :]
     model(input_ids=first[:shared][None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    copies = DynamicCache()
-    for layer, entry in enumerate(cache.layers):
-        copies.update(
-            entry.keys.expand(rows, -1, -1, -1), entry.values.expand(rows, -1, -1, -1), layer
-        )
+    cache.batch_repeat_interleave(rows)
     rest = int(mask.sum(1).max()) - shared
     # A row's own beginning ends where its padding would reach, counted from the right.
     lengths = mask.sum(1, keepdim=True) - shared
@@ -58,7 +54,7 @@ def share_prefix(model: nn.Module, batch: Batch) -> dict[str, Any]:
         "input_ids": ids[:, -rest:] * kept,
         "attention_mask": whole,
         "position_ids": (whole.cumsum(-1) - 1).clamp(min=0)[:, shared:],
-        "past_key_values": copies,
+        "past_key_values": cache,
     }
     if "labels" in batch:
         part["labels"] = batch["labels"][:, -rest:].masked_fill(~kept, IGNORE)

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from safeopt.optim.preconditioned_sgd import PreconditionedSGD
 from safeopt.optim.projected_adamw import ProjectedAdamW
 from safeopt.optim.safeguard import safeguard
+from safeopt.optim.safety_sam import SafetySAM
 
-__all__ = ["OptimizerInfo", "ProjectedAdamW", "optimizers", "safeguard"]
+__all__ = [
+    "OptimizerInfo",
+    "PreconditionedSGD",
+    "ProjectedAdamW",
+    "SafetySAM",
+    "optimizers",
+    "safeguard",
+]
 
 
 @dataclass(frozen=True)
@@ -30,5 +39,11 @@ def optimizers() -> dict[str, OptimizerInfo]:
     return {
         "projected-adamw": OptimizerInfo(
             ProjectedAdamW, "AdamW, then a proximal step in the safety subspace"
+        ),
+        "safety-sam": OptimizerInfo(
+            SafetySAM, "AdamW at a point displaced inside the safety subspace, then the same step"
+        ),
+        "preconditioned-sgd": OptimizerInfo(
+            PreconditionedSGD, "SGD divided by the safety curvature, (I + UΛUᵀ/τ)⁻¹"
         ),
     }

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from safeopt.curvature.refresh import RefreshPolicy
 
-Mode = Literal["project", "damp", "acceleration", "budget"]
+Mode = Literal["project", "damp", "acceleration", "budget", "none"]
 Curvature = Literal["fisher", "random"]
 
 
@@ -19,7 +19,8 @@ class SafetyConfig:
 
     Args:
         rank: the largest number of directions k, at least 1.
-        mode: the map applied after each step, see `safeopt.curvature.surrogate`.
+        mode: the map applied after each step, see `safeopt.curvature.surrogate`; ``"none"`` leaves
+            refreshes and restoring alone.
         damping: strength of the protection, at least 0. 0 switches it off: no safety pass is made
             and the base optimizer runs as if it were alone. In mode ``"damp"`` it is κ = η/τ per
             mean eigenvalue; the other modes only distinguish zero from positive.

@@ -267,6 +267,8 @@ class SafetyGeometry:
         assert self.subspace is not None
         surrogate, target = self.subspace.surrogate, torch.zeros_like(c)
         mode = self.config.mode
+        if mode == "none":
+            return c
         if mode == "project":
             return target
         if mode == "damp":
@@ -282,10 +284,10 @@ class SafetyGeometry:
         return maps.remove_acceleration(self._position, self._first_drift)
 
     def _drift(self) -> float:
-        """The surrogate's alignment loss of all that the map has taken back, in nats a token."""
+        """The surrogate's rise where all steps since the last refresh would have led, in nats."""
         assert self.subspace is not None
         surrogate = self.subspace.surrogate
-        return surrogate.predict(self._taken_back) - surrogate.value
+        return surrogate.predict(self._position + self._taken_back) - surrogate.value
 
     @property
     def _restores(self) -> bool:

@@ -1,0 +1,68 @@
+"""HeldParameters: parameters that are held at θ + ε for a while and return to θ bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safeopt.curvature.subspace import SafetySubspace
+
+
+class _Held(NamedTuple):
+    param: Tensor
+    copy: Tensor  # of the parameter in θ
+    version: int  # the parameter's version counter at θ + ε
+
+
+class HeldParameters:
+    """Moves parameters inside the safety subspace and returns them.
+
+    θ is kept as a copy and copied back: (θ + ε) − ε would leave a rounding error each time, which
+    in bfloat16 is as large as ε itself. Memory: one number for each parameter while held.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[_Held] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    @torch.no_grad()
+    def hold(self, subspace: SafetySubspace, params: Sequence[Tensor], change: Tensor) -> None:
+        """Move the parameters to θ + U·change; where that raises, they are θ again.
+
+        Args:
+            subspace: U.
+            params: the protected parameters, at θ.
+            change: shape ``(k,)``.
+        """
+        copies = [p.detach().clone() for p in params]
+        try:
+            subspace.shift(params, change)
+        except BaseException:
+            for p, copy in zip(params, copies, strict=True):
+                p.copy_(copy)
+            raise
+        self._held = [_Held(p, copy, p._version) for p, copy in zip(params, copies, strict=True)]
+
+    @torch.no_grad()
+    def release(self, *, overwrite: bool = False) -> int:
+        """Return the parameters to θ.
+
+        Args:
+            overwrite: also those that were written to since; otherwise they stay as written.
+
+        Returns:
+            The number of parameters left as they were written.
+        """
+        written = 0
+        for held in self._held:
+            if overwrite or held.param._version == held.version:
+                held.param.copy_(held.copy)
+            else:
+                written += 1
+        self._held = []
+        return written

@@ -1,0 +1,493 @@
+"""SafetySAM: sharpness-aware minimisation whose perturbation lies in the safety subspace.
+
+A base optimizer steps with the task gradient of a point beside the parameters,
+
+    θ ← step(θ, ∇L(θ + ε)),     ε = ρ·U e,   e ∈ Rᵏ a unit vector in the safety subspace
+
+**ascent="task"**: e = m/‖m‖ with m = Uᵀg climbs the task loss inside the subspace. To first order
+
+    L(θ + ε) = L(θ) + gᵀε = L(θ) + ρ‖Pg‖,      ∇L(θ + ε) ≈ g + ρ H P g/‖Pg‖ = ∇(L + ρ‖Pg‖)
+
+so the step also descends ‖Pg‖, the force with which the task pushes into the subspace (condition 2
+of the Alignment Instability Condition). That force grows at the rate of the coupling, UᵀHg: under
+gradient flow of L + ρ‖Pg‖ in one direction u, with s = uᵀg,
+
+    ṡ = −uᵀHg − ρ‖Hu‖² sign(s)
+
+Where ρ‖Hu‖² > |uᵀHg| (the coupling is overcome) s slides along 0 and the drift ċ = −s that makes
+c quadratic in time is gone. A side effect remains: on the sliding surface sign(s) averages
+σ = −uᵀHg/(ρ‖Hu‖²), and −ρH u σ has itself a component in u, so that
+
+    ċ = uᵀHu · uᵀHg / ‖Hu‖²
+
+a drift linear in time where the task is curved along u: the task gradient's component stays zero
+because c moves. The shared map takes this out, as it lies in the subspace: with it SafetySAM turns
+the task towards optima that do not push into the subspace, and the map keeps c in place meanwhile.
+
+**ascent="safety"**: e = ∇Â(c)/‖∇Â(c)‖, ∇Â(c) = b + sΛc, climbs the alignment loss's surrogate. The
+step evaluates the task where alignment is worse by ρ‖∇Â‖, and comes to rest where that point is
+optimal for the task: ∇L(θ + ε) = 0, θ = θ* − ρUe, whose alignment loss is lower by ρ‖∇Â‖ than that
+of the task's optimum θ*. It is a safety margin of length ρ. To first order it adds −ρHUe to the
+velocity: an immediate pull −ρeᵀUᵀHUe down the alignment loss, where the task is curved along Ue.
+Where it is not, nothing pulls, and the minimised term ρ gᵀUe even favours a task slope that points
+out of the safe region: the drift's acceleration along Ue grows by ρ‖HUe‖² instead of vanishing.
+
+**Two ways to evaluate ∇L(θ + ε).** ``two_pass`` runs a closure at θ and again at θ + ε: m is the
+present gradient, at twice the cost. ``lookahead`` holds the parameters at θ + ε between the steps,
+so that the one backward pass of any training loop yields ∇L(θ + ε); m is the exponential average
+of past Uᵀg, k numbers, which a refresh carries over to the new basis as U_newᵀU_old m.
+
+In both, θ is kept as a copy while the parameters are perturbed (`HeldParameters` says why): one
+number for each protected parameter beside the k of the basis.
+
+**Acceleration.** With ``protection="acceleration"`` the map keeps the drift ċ₀ of the first step
+after a refresh, in which ε takes part (−ηUᵀg(θ + ε)), and removes what c̈ = UᵀHg adds later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeGuard, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.curvature.subspace import SafetySubspace
+from safeopt.optim.config import Curvature, Mode, SafetyConfig
+from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.holding import HeldParameters
+from safeopt.optim.protection import protected_parameters, restore
+from safeopt.optim.safeguard import safeguard
+from safeopt.optim.wrapper import OptimizerWrapper
+from safeopt.per_example import row_dtype
+from safeopt.probe import SafetyProbe
+
+Evaluation = Literal["two_pass", "lookahead"]
+Ascent = Literal["task", "safety"]
+_KEY = "sam"
+
+
+class SafetySAM(OptimizerWrapper):
+    r"""Sharpness-aware minimisation in the safety subspace, around any base optimizer.
+
+    .. code-block:: text
+
+        two_pass, at every step t:            lookahead, at every step t:
+            g  = ∇L(θ)          (closure)         g  = ∇L(θ + ε)      (your backward pass)
+            ε  = ρ U e(g)                         θ  = base(θ, g)
+            g' = ∇L(θ + ε)      (closure)         θ  = θ + U(map(c) − c); refresh, restore
+            θ  = base(θ, g')                      m  = β m + (1 − β) Uᵀg
+            θ  = θ + U(map(c) − c); refresh …     ε  = ρ U e(m); hold θ + ε
+
+    It is an optimizer whose ``param_groups`` and ``state`` are the base optimizer's own, so that
+    schedulers, clipping and `GradScaler` act on the base optimizer. The subspace, its refreshes,
+    the restoring and the map after the step are those of `ProjectedAdamW`. ρ is the strength of the
+    perturbation, ``damping`` that of the map: ``damping=0`` is SAM alone, ``rho=0`` the map alone,
+    both together the base optimizer alone, bit for bit and without a safety pass.
+
+    **lookahead** needs no closure. Between the steps the model is held at θ + ε: call `eval` before
+    you evaluate or save it and `train` before you go on, as with schedule-free optimizers (Trainer
+    and Accelerate do), or use `unperturbed`. `restore`, which comes before every checkpoint, leaves
+    the parameters at θ until the next `train` or ``step``. What the optimizer saves is never
+    perturbed. Do not write to the parameters while they are held; the next step refuses to
+    overwrite what was written.
+
+    **two_pass** calls ``step(closure)``; the closure clears the gradients, computes them anew (in
+    several backward passes, clipped, as you like) and returns the loss. It is called twice. Where a
+    gradient scaler must see the gradients before the step, make the two passes yourself::
+
+        scaler.scale(compute_loss()).backward()
+        with optimizer.second_pass():
+            scaler.scale(compute_loss()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    ε depends on the gradient's direction only, so the scale does not matter, and an overflow in the
+    first pass perturbs nothing. A skipped step does not count.
+
+    Args:
+        params: parameters, or groups of them, from which ``base_optimizer`` is built; or an
+            optimizer that has taken no step yet. Groups with ``protect=False`` are neither
+            perturbed nor mapped.
+        base_optimizer: class of the base optimizer.
+        probe: the safety examples; its model holds ``params``.
+        rho: ρ, length of the perturbation, at least 0.
+        mode: ``"lookahead"``, one backward pass in every training loop; ``"two_pass"``, exact.
+        ascent: ``"task"`` or ``"safety"``: which loss the perturbation climbs.
+        beta: β of the average in ``"lookahead"``, in [0, 1).
+        rank: see `SafetyConfig`, as for all arguments up to ``seed``.
+        protection: the map c → c⁺ after the step, called ``mode`` elsewhere.
+        damping: strength of the map; 0 is SAM alone.
+        budget: accepted rise of the alignment loss, in nats a token.
+        refresh: when to estimate the subspace anew.
+        examples: new safety examples at one refresh, at most.
+        window: latest examples whose gradients span the subspace.
+        newton_damping: damping of the restoring step.
+        restore_alignment: restore where the budget is exceeded.
+        trial_examples: safety examples kept apart for the line search.
+        curvature: ``"fisher"``, or ``"random"`` for the control experiment.
+        seed: of the order of the safety examples.
+        **base_options: arguments of ``base_optimizer``: ``lr``, ….
+
+    Attributes:
+        base_optimizer: the optimizer that takes the steps.
+        safety: the `SafetyGeometry`: history, measured, predicted, coupling, passes. With
+            ``step(closure)`` the coupling is that of the gradients at θ, otherwise at θ + ε.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+        TypeError: if ``probe`` is not a `SafetyProbe`, or ``base_optimizer`` not an optimizer.
+
+    Cost: ``two_pass`` one more evaluation of the closure a step, ``lookahead`` none; 3·k·n
+    multiplications beside the geometry's. Memory: k float32 numbers for each protected parameter,
+    and a copy of it while it is perturbed. In bfloat16 an ε below half a unit in the last place of
+    a parameter does not move it: keep trained parameters in float32.
+
+    Source: Foret et al. 2021 (arXiv 2010.01412); the safety subspace and its coupling are those of
+    Springer et al. 2026 (arXiv 2602.15799); holding the parameters beside θ follows Defazio et al.
+    2024 (arXiv 2405.15682).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | Optimizer,
+        base_optimizer: type[Optimizer] = torch.optim.AdamW,
+        *,
+        probe: SafetyProbe,
+        rho: float = 0.05,
+        mode: Evaluation = "lookahead",
+        ascent: Ascent = "task",
+        beta: float = 0.9,
+        rank: int = SafetyConfig.rank,
+        protection: Mode = SafetyConfig.mode,
+        damping: float = SafetyConfig.damping,
+        budget: float = SafetyConfig.budget,
+        refresh: RefreshPolicy | None = None,
+        examples: int = SafetyConfig.examples,
+        window: int = SafetyConfig.window,
+        newton_damping: float = SafetyConfig.newton_damping,
+        restore_alignment: bool = SafetyConfig.restore,
+        trial_examples: int = SafetyConfig.trial_examples,
+        curvature: Curvature = SafetyConfig.curvature,
+        seed: int = SafetyConfig.seed,
+        **base_options: Any,
+    ) -> None:
+        _check_arguments(rho, mode, ascent, beta, protection)
+        config = SafetyConfig(
+            rank=rank,
+            mode=protection,
+            damping=damping,
+            budget=budget,
+            refresh=RefreshPolicy() if refresh is None else refresh,
+            examples=examples,
+            window=window,
+            newton_damping=newton_damping,
+            restore=restore_alignment,
+            trial_examples=trial_examples,
+            curvature=curvature,
+            seed=seed,
+        )
+        if damping == 0 and rho > 0:
+            config = replace(config, mode="none", damping=1.0)
+        base = _base_of(params, base_optimizer, base_options)
+        options = {name: getattr(config, name) for name in SafetyConfig.__dataclass_fields__}
+        super().__init__(safeguard(base, probe, **options))
+        self.safety: SafetyGeometry = base.safety  # type: ignore[attr-defined]
+        self.rho = float(rho)
+        self.mode = mode
+        self.ascent = ascent
+        self.beta = float(beta)
+        self.training = True
+        self._held = HeldParameters()
+        self._second_pass_made = False  # since the last step
+        # Uᵀg: the average of past ones in lookahead, the last one in two_pass; and what U it is.
+        self._momentum: Tensor | None = None
+        self._subspace: SafetySubspace | None = None
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: clears the gradients, computes them anew and returns the loss. Required in
+                ``two_pass`` unless the second pass was made inside `second_pass`.
+
+        Returns:
+            What the closure returned, in ``two_pass`` at its first call: the loss at θ.
+
+        Raises:
+            RuntimeError: in ``two_pass`` if no second pass was made; in ``lookahead`` in evaluation
+                mode, or if parameters were written to while they were held.
+        """
+        return self._two_passes(closure) if self.mode == "two_pass" else self._one_pass(closure)
+
+    @contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Hold the parameters at θ + ε inside, and clear the gradients at the beginning.
+
+        For ``two_pass`` without a closure: it is entered with the gradients at θ, those at θ + ε
+        are computed inside, and ``step()`` follows. Outside the parameters are θ again, bit for
+        bit, also when something raises.
+
+        Raises:
+            RuntimeError: in mode ``"lookahead"``.
+        """
+        if self.mode != "two_pass":
+            raise RuntimeError(f'second_pass: mode="{self.mode}" has none; just call step()')
+        inside = None
+        if self.rho > 0 and self._moves():
+            self.safety.before_step(self._params())
+            inside = self._inside()
+        with self._perturbed(inside):
+            yield
+
+    def train(self) -> None:
+        """Go on training: in ``lookahead`` hold the parameters at θ + ε again."""
+        self.training = True
+        self._look_ahead()
+
+    def eval(self) -> None:
+        """Return the parameters to θ, to be evaluated or saved, until `train` is called."""
+        self._return()
+        self.training = False
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """The parameters are θ inside, and what they were outside."""
+        held = bool(self._held)
+        self._return()
+        try:
+            yield
+        finally:
+            if held:
+                self._look_ahead()
+
+    def restore(self) -> Measurement:
+        """Measure the alignment loss now and restore it where it exceeds the budget.
+
+        The parameters are θ afterwards, ready to be saved, until the next `train` or ``step``.
+
+        Returns:
+            The measurement, with the loss before and after; see `ProjectedAdamW.restore`.
+        """
+        self._return()
+        measured = restore(self.base_optimizer, self.safety)
+        self._carry()
+        return measured
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "SafetySAM cannot be pickled or copied: it holds its model through the probe. "
+            "Save state_dict(), and load it into a new optimizer"
+        )
+
+    def _two_passes(self, closure: Callable[[], float] | None) -> float | None:
+        loss, inside = None, None
+        if closure is None:
+            if self.rho > 0 and self._moves() and not self._second_pass_made:
+                raise RuntimeError(
+                    'closure=None: mode="two_pass" evaluates the loss twice; call step(closure), '
+                    'make the second pass inside second_pass(), or use mode="lookahead"'
+                )
+        else:
+            loss = self._evaluated(closure)
+            if self.rho > 0 and self._moves():
+                inside = self._inside()
+                with self._perturbed(inside), torch.enable_grad():
+                    closure()
+        coupling, steps, subspace = self.safety.coupling, self.safety.step_count, self._subspace
+        self.base_optimizer.step()
+        self._second_pass_made = False
+        if self.safety.step_count > steps and subspace is not None and _is_finite(inside):
+            # The gradients that the base optimizer saw hold ρHε, and ε jumps from step to step.
+            if self._momentum is not None:
+                change = subspace.eigenvalues.abs().sqrt() * (inside - self._momentum)
+                coupling = float(change.norm()) / self._rate()
+            self.safety.coupling = coupling
+            self._momentum = inside
+        self._carry()
+        return loss
+
+    def _one_pass(self, closure: Callable[[], float] | None) -> float | None:
+        if not self.training:
+            raise RuntimeError(
+                "step: the optimizer is in evaluation mode, where nothing is perturbed; call "
+                "train() first"
+            )
+        loss = None if closure is None else self._evaluated(closure)
+        self._return()
+        inside = None
+        if self.rho > 0 and self._moves():
+            self.safety.before_step(self._params())
+            inside = self._inside()
+        self.base_optimizer.step()
+        if _is_finite(inside):
+            past = torch.zeros_like(inside) if self._momentum is None else self._momentum
+            self._momentum = self.beta * past + (1 - self.beta) * inside
+        self._carry()
+        self._look_ahead()
+        return loss
+
+    def _evaluated(self, closure: Callable[[], float]) -> float:
+        """The loss and its gradients; before the first step the aligned model is measured first."""
+        if self._rate() > 0:
+            self.safety.before_step(self._params())
+        with torch.enable_grad():
+            return closure()
+
+    @contextmanager
+    def _perturbed(self, inside: Tensor | None) -> Iterator[None]:
+        """The second of two passes: at θ + ε, without gradients at the beginning."""
+        self._hold(inside)
+        try:
+            self.zero_grad()
+            yield
+        finally:
+            self._held.release(overwrite=True)
+        self._second_pass_made = True
+
+    def _inside(self) -> Tensor | None:
+        """Uᵀg of the loss that is minimised, shape ``(k,)``; None without a subspace."""
+        self._carry()
+        if self._subspace is None:
+            return None
+        descends = {
+            p: -1 if group.get("maximize", False) else 1
+            for group in self.param_groups
+            for p in group["params"]
+        }
+        gradients = [
+            p.grad if p.grad is None or descends[p] > 0 else p.grad.neg() for p in self._params()
+        ]
+        if any(g is not None and g.is_sparse for g in gradients):
+            raise TypeError("params: SafetySAM does not support sparse gradients")
+        return self._subspace.basis.coordinates(gradients)
+
+    def _look_ahead(self) -> None:
+        """In training with ``lookahead``, hold the parameters at θ + ε."""
+        if self.mode == "lookahead" and self.training and not self._held:
+            self._carry()
+            self._hold(self._momentum)
+
+    def _hold(self, inside: Tensor | None) -> None:
+        """Hold the parameters at θ + ε; they stay at θ where ε has no direction."""
+        subspace = self.safety.subspace
+        if subspace is None or self.rho == 0:
+            return
+        climbed = inside
+        if self.ascent == "safety":
+            position = self.safety.vectors()["position"]
+            assert position is not None
+            climbed = subspace.surrogate.slope(position)
+        if _is_finite(climbed) and bool(climbed.any()):
+            self._held.hold(subspace, self._params(), climbed * (self.rho / climbed.norm()))
+
+    def _return(self) -> None:
+        """Return the parameters to θ, unless someone else has written to them."""
+        written = self._held.release()
+        if written:
+            raise RuntimeError(
+                f"params: {written} parameters were written to while they were held perturbed; "
+                "they stay as written, the others are unperturbed. Call eval() before you change "
+                "parameters, and train() afterwards"
+            )
+
+    def _carry(self) -> None:
+        """After a refresh: the momentum's coordinates in the new basis, U_newᵀU_old m."""
+        old, new = self._subspace, self.safety.subspace
+        self._subspace = new
+        if self._momentum is None or old is None or new is None or old is new:
+            return
+        if self.mode == "two_pass":
+            self._momentum = None  # a difference of gradients needs both in the same basis
+            return
+        spread = [torch.zeros_like(p, dtype=row_dtype(p)) for p in self._params()]
+        old.basis.expand_into(spread, self._momentum)
+        self._momentum = new.basis.coordinates(spread)
+
+    def _params(self) -> list[Tensor]:
+        return protected_parameters(self.base_optimizer)
+
+    def _rate(self) -> float:
+        """The largest learning rate of the protected groups."""
+        return max(float(g["lr"]) for g in self.param_groups if g.get("protect", True))
+
+    def _moves(self) -> bool:
+        """Whether the next step moves protected parameters."""
+        return self._rate() > 0 and any(p.grad is not None for p in self._params())
+
+    def _add_state(self, state: dict[str, Any]) -> None:
+        if self.safety.active:
+            momentum = None if self._momentum is None else self._momentum.clone()
+            state[_KEY] = {"momentum": momentum}
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if not self.safety.active:
+            return
+        if not (isinstance(state.get(_KEY), dict) and "momentum" in state[_KEY]):
+            raise ValueError(
+                'state_dict: it has no "sam" entry with a "momentum"; it was not saved by SafetySAM'
+            )
+        momentum = state[_KEY]["momentum"]
+        if momentum is None:
+            return
+        if not (isinstance(momentum, Tensor) and bool(momentum.isfinite().all())):
+            raise ValueError('state_dict["sam"]["momentum"]: expected finite numbers')
+        safety = state.get("safety")
+        subspace = safety.get("subspace") if isinstance(safety, dict) else None
+        rank = len(subspace["eigenvalues"]) if subspace and "eigenvalues" in subspace else 0
+        if momentum.shape != (rank,):
+            raise ValueError(
+                f'state_dict["sam"]["momentum"]: shape {tuple(momentum.shape)}, expected ({rank},)'
+            )
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        self._held.release()  # parameters that were written to have been loaded already
+        self._subspace = self.safety.subspace
+        momentum = state[_KEY]["momentum"] if self.safety.active else None
+        self._momentum = None
+        if momentum is not None and self._subspace is not None:
+            self._momentum = momentum.detach().to(self._subspace.eigenvalues).clone()
+
+
+def _is_finite(values: Tensor | None) -> TypeGuard[Tensor]:
+    return values is not None and bool(values.isfinite().all())
+
+
+def _base_of(
+    params: ParamsT | Optimizer, base_optimizer: type[Optimizer], options: dict[str, Any]
+) -> Optimizer:
+    """The optimizer that is wrapped, given or built."""
+    if isinstance(params, Optimizer):
+        if options:
+            raise TypeError(
+                f"{', '.join(sorted(options))}: unknown, or an option of the base optimizer, which "
+                f"is given as params={type(params).__name__}; set it there"
+            )
+        return params
+    if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+        raise TypeError(
+            f"base_optimizer={base_optimizer!r}: expected a class of torch.optim.Optimizer; an "
+            "optimizer that exists already takes the place of params"
+        )
+    return base_optimizer(params, **options)
+
+
+def _check_arguments(rho: float, mode: str, ascent: str, beta: float, protection: str) -> None:
+    for name, choice, choices in (
+        ("mode", mode, get_args(Evaluation)),
+        ("ascent", ascent, get_args(Ascent)),
+        ("protection", protection, get_args(Mode)),
+    ):
+        if choice not in choices:
+            listed = ", ".join(f'"{known}"' for known in choices)
+            raise ValueError(f'{name}="{choice}": expected one of {listed}')
+    if not (isinstance(rho, (int, float)) and 0 <= rho < math.inf):
+        raise ValueError(f"rho={rho!r}: expected the length of the perturbation, at least 0")
+    if not (isinstance(beta, (int, float)) and 0 <= beta < 1):
+        raise ValueError(f"beta={beta!r}: expected a decay rate, 0 <= beta < 1")
