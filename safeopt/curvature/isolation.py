@@ -1,0 +1,57 @@
+"""Passes through a model that leave no trace on it.
+
+Parameters, gradients, buffers, random state and train/eval mode are as before afterwards, also
+when something raises in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and a fixed random seed inside; everything as before outside.
+
+    Layers with Hugging Face's gradient checkpointing switched on look at their own ``training``
+    flag, so that flag alone stays on for them: the memory they save is needed here most. A layer
+    that would also apply dropout by that flag runs in evaluation mode, without checkpointing.
+
+    Args:
+        model: the module whose state is kept.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)  # equal passes give equal products, whatever the model draws
+            model.eval()
+            for module, training in modes:
+                if training and _checkpoints(module):
+                    module.training = True
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, before, version in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+                module._buffers[name] = buffer  # some modules assign a new tensor
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    if getattr(module, "gradient_checkpointing", False) is not True:
+        return False
+    config = getattr(module, "config", None)
+    settings = {**(vars(config) if config is not None else {}), **vars(module)}
+    return not any("drop" in k and v for k, v in settings.items() if isinstance(v, float))

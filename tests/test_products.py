@@ -1,0 +1,343 @@
+"""Product backends on the models people have: attention kernels, checkpointing, 4 bit, bfloat16."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import VOCAB, safety_batch, tiny_gpt2, tiny_llama, trainable, with_lora
+from tolerances import GRADIENT, relative_error
+from torch import nn
+
+from safeopt.curvature.differences import Differences
+from safeopt.curvature.operators import FisherOperator, GGNOperator, HessianOperator
+
+KINDS = ("double", "forward", "finite")
+OPERATORS = {"hessian": HessianOperator, "ggn": GGNOperator}
+# Stated in safeopt.curvature.differences; GGNs of rough models are a little worse.
+FINITE = 5e-3
+BATCHES = [safety_batch()]
+
+
+def tolerance(kind):
+    return FINITE if kind == "finite" else 10 * GRADIENT[torch.float32]
+
+
+def vector_for(operator, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=generator).to(operator.dtype) for p in operator.params]
+
+
+def product(model, name, kind, batches=BATCHES, **options):
+    operator = OPERATORS[name](model, batches, products=kind, **options)
+    return torch.cat([x.flatten() for x in operator.matvec(vector_for(operator))]), operator
+
+
+def snapshot(model):
+    return {
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "versions": [p._version for p in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "buffers": [b.clone() for b in model.buffers()],
+        "modes": [m.training for m in model.modules()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    return left == right
+
+
+MODELS = {
+    "eager": lambda: with_attention(tiny_llama(), "eager"),
+    "sdpa": lambda: with_attention(tiny_llama(), "sdpa"),
+    "tied": lambda: tiny_llama(tied=True),
+    "bias": lambda: tiny_llama(bias=True),
+    "lora": lambda: with_lora(tiny_llama()),
+    "lora_start": lambda: with_lora(tiny_llama(), random_b=False),
+    "frozen": lambda: frozen(tiny_llama()),
+}
+
+
+def with_attention(model, kind):
+    model.set_attn_implementation(kind)
+    return model
+
+
+def frozen(model):
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", MODELS)
+def test_backends_agree_and_leave_no_trace(name, operator, kind):
+    model = MODELS[name]().train()
+    for index, p in enumerate(trainable(model)):
+        if index % 2:
+            p.grad = torch.ones_like(p)
+    before = snapshot(model)
+    actual, _ = product(model, operator, kind)
+    assert same(before, snapshot(model))
+    reference = MODELS[name]().double()
+    if name == "eager":  # whose float32 softmax overflows on padding in float64
+        reference.set_attn_implementation("sdpa")
+    expected, _ = product(reference, operator, "double")
+    assert relative_error(actual, expected) < tolerance(kind)
+
+
+def test_no_trace_after_an_error():
+    model = tiny_llama().train()
+    calls, last = [], []
+
+    def loss(model, batch):
+        calls.append(1)
+        result = model(input_ids=batch["input_ids"]).logits.square().mean((1, 2))
+        if [len(calls)] == last:
+            raise KeyError("a loss that fails in the middle")
+        return result
+
+    for kind, fails in (("finite", 4), ("finite", 5), ("double", 4)):
+        last[:] = [fails]
+        calls.clear()
+        before = snapshot(model)
+        operator = HessianOperator(model, BATCHES, loss, products=kind)
+        with pytest.raises(KeyError):
+            operator.matvec(vector_for(operator))
+        assert same(before, snapshot(model))
+
+
+def test_graphs_of_others_stay_valid():
+    """Finite differences move the parameters while the caller holds a graph on them."""
+    model = tiny_llama()
+    loss = model(input_ids=BATCHES[0]["input_ids"]).logits.square().mean()
+    expected = torch.autograd.grad(loss, trainable(model), retain_graph=True)
+    product(model, "hessian", "finite")
+    for a, b in zip(torch.autograd.grad(loss, trainable(model)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, operator, caplog):
+    model = with_attention(tiny_llama(), "eager").train()
+    kind = "auto" if operator == "hessian" else "double"
+    expected, _ = product(model, operator, kind)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    runs = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    before = snapshot(model)
+    with caplog.at_level(logging.INFO, "safeopt"):
+        actual, used = product(model, operator, "auto")
+    assert same(before, snapshot(model))
+    assert len(runs) > used.counts.forward  # layers ran again in backward passes
+    assert used.chosen_products() == ("finite" if reentrant else "double")
+    assert f'took "{used.chosen_products()}"' in caplog.text
+    assert relative_error(actual, expected) < (FINITE if reentrant else 1e-4)
+    if reentrant:
+        assert "checkpoint" in caplog.text
+        with pytest.raises(RuntimeError, match=r"Cure: .*non-reentrant"):
+            product(model, operator, "double")
+
+
+def test_reentrant_checkpointing_with_an_optimizer_in_the_backward_pass():
+    model = tiny_llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    trainable(model)[0].register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        product(model, "hessian", "finite")
+    assert same(before, snapshot(model))
+
+
+def test_dropout_is_off_and_layers_with_dropout_are_not_checkpointed():
+    model = tiny_gpt2().train()
+    expected, _ = product(model.eval(), "hessian", "double")
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    actual, _ = product(model, "hessian", "double")
+    assert relative_error(actual, expected) < 1e-4
+
+
+def test_bfloat16():
+    """Against the same weights in float32: rounding of the model, not of the perturbation."""
+    for make in (tiny_smooth, lambda: with_lora(tiny_smooth())):
+        model = make().bfloat16()
+        expected, _ = product(make().bfloat16().float(), "hessian", "double")
+        for kind, error in (("double", 0.05), ("finite", 0.25)):
+            actual, operator = product(model, "hessian", kind)
+            assert actual.dtype == operator.dtype == torch.float32
+            assert relative_error(actual, expected) < error
+
+
+def tiny_smooth():
+    """Weights of the size that models are initialised with, where bfloat16 has something to say."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" not in name:
+                p.mul_(0.25)
+    return model
+
+
+def test_autocast_serves_no_stale_weights():
+    model = with_lora(tiny_smooth())
+    expected, _ = product(model, "hessian", "double")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, _ = product(model, "hessian", "finite")
+    assert relative_error(actual, expected) < 0.25
+
+
+def test_four_bit_base():
+    bnb = pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
+    model = with_lora(tiny_llama(hidden=64, layers=1))
+    plain = with_lora(tiny_llama(hidden=64, layers=1))
+    replaced = 0
+    for module, twin in zip(model.modules(), plain.modules(), strict=False):
+        for name, child in list(module.named_children()):
+            if type(child) is not nn.Linear or "lora" in name or child.weight.requires_grad:
+                continue
+            if child.out_features == VOCAB:
+                continue
+            four = bnb.nn.Linear4bit(
+                child.in_features, child.out_features, bias=False, quant_type="nf4",
+                compute_dtype=torch.float32,
+            )  # fmt: skip
+            four.weight = bnb.nn.Params4bit(
+                child.weight.data.clone(), requires_grad=False, quant_type="nf4"
+            )
+            four = four.to("cpu")
+            if four.weight.dtype != torch.uint8:
+                pytest.skip("this bitsandbytes does not quantise on the CPU")
+            whole = bnb.functional.dequantize_4bit(four.weight.data, four.weight.quant_state)
+            getattr(twin, name).weight.data.copy_(whole)
+            setattr(module, name, four)
+            replaced += 1
+    assert replaced == 7
+    for operator in OPERATORS:
+        expected, _ = product(plain, operator, "double")
+        for kind in ("double", "finite", "auto"):
+            actual, _ = product(model, operator, kind)
+            assert relative_error(actual, expected) < FINITE
+    fisher = [FisherOperator(m, BATCHES).trace() for m in (model, plain)]
+    assert fisher[0] == pytest.approx(fisher[1], rel=1e-3)
+
+
+class Opaque(torch.autograd.Function):
+    """tanh whose backward pass autograd cannot see, as that of a custom kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y.detach() ** 2)
+
+
+class Small(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 1)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.second(self.activation(self.first(x)))
+
+
+def test_auto_notices_wrong_second_derivatives(caplog):
+    x = {"x": torch.randn(8, 6, generator=torch.Generator().manual_seed(1))}
+
+    def loss(model, batch):
+        return model(batch["x"]).square().sum(1)
+
+    honest, opaque = Small(torch.tanh), Small(Opaque.apply)
+    operators = [HessianOperator(model, [x], loss) for model in (honest, opaque)]
+    with caplog.at_level(logging.INFO, "safeopt"):
+        a, b = (torch.cat([y.flatten() for y in o.matvec(vector_for(o))]) for o in operators)
+    assert [o.chosen_products() for o in operators] == ["double", "finite"]
+    assert "away from finite differences" in caplog.text
+    assert relative_error(b, a) < FINITE
+    with pytest.raises(RuntimeError, match="away from finite differences"):
+        HessianOperator(opaque, [x], loss, products="double").chosen_products()
+
+
+def test_wrong_forward_mode_rule_of_layer_norm():
+    """Forward over reverse gets LayerNorm's weight wrong (torch 2.13); it must not pass unseen."""
+    exact, _ = product(tiny_gpt2(dtype=torch.float64), "hessian", "double")
+    operator = HessianOperator(tiny_gpt2(dtype=torch.float64), BATCHES, products="forward")
+    try:
+        actual = torch.cat([x.flatten() for x in operator.matvec(vector_for(operator))])
+    except RuntimeError as error:
+        message = str(error)
+    else:  # a torch that has mended it
+        assert relative_error(actual, exact) < 1e-9
+        return
+    assert "away from finite differences" in message
+
+
+def test_unknown_and_impossible_products():
+    with pytest.raises(ValueError, match='products="exact"'):
+        product(tiny_llama(), "hessian", "exact")
+
+    def loss(model, batch):
+        return model(input_ids=batch["input_ids"]).logits.detach().mean((1, 2))
+
+    with pytest.raises(RuntimeError, match=r'products="finite" cannot work.*Cure'):
+        HessianOperator(tiny_llama(), BATCHES, loss).chosen_products()
+
+
+def test_backend_is_chosen_once():
+    operator = HessianOperator(tiny_llama(), BATCHES)
+    operator.chosen_products()
+    spent = operator.counts.as_dict()
+    operator.chosen_products()
+    assert operator.counts.as_dict() == spent
+    assert spent["forward"] <= 10
+    operator.matvec(vector_for(operator))
+    assert operator.counts.forward == spent["forward"] + 1
+
+
+def test_finite_differences_are_two_gradients_once_the_step_is_known():
+    _, operator = product(tiny_llama(), "hessian", "finite")
+    before = operator.counts.as_dict()
+    operator.matvec(vector_for(operator, seed=1))
+    assert operator.counts.forward - before["forward"] == 2
+    assert operator.counts.backward - before["backward"] == 2
+
+
+def test_differences_of_a_cubic():
+    """f = Σ θ³/3: f' is known; the zero vector and a vector that is not finite are handled."""
+    model = nn.Linear(5, 3, bias=False).double()
+    differences = Differences(model, [model.weight])
+    vector = [torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).double()]
+    before = model.weight.detach().clone()
+
+    def cube():
+        return [model.weight**3 / 3]
+
+    (derivative,) = differences.along(vector, cube)
+    assert relative_error(derivative, before**2 * vector[0]) < 1e-3
+    assert torch.equal(model.weight, before)
+    assert differences.along([torch.zeros(3, 5).double()], cube)[0].abs().max() == 0
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        differences.along([torch.full((3, 5), float("nan")).double()], cube)
+
+
+def test_equal_calls_give_equal_results():
+    for kind in KINDS:
+        model = tiny_llama()
+        assert torch.equal(product(model, "hessian", kind)[0], product(model, "hessian", kind)[0])
