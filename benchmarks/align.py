@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from benchmarks.data.datasets import harmless_train, safety_splits
+from benchmarks.data.datasets import borderline_train, harmless_train, safety_splits
 from benchmarks.data.sources import CHAT_MODEL
-from benchmarks.hardness import refusal_losses, write_losses
+from benchmarks.hardness import measured_losses, write_losses
 from benchmarks.inference import Row
 from benchmarks.models import smollm2
 from benchmarks.tasks import REFUSAL, refusal_row
@@ -61,9 +61,12 @@ def align(out: Path, steps: int, seed: int, console: Console) -> None:
     adapted.train()
     losses = _train(adapted, refused, answered, tokenizer.pad_token_id, steps, rng, console)
     _save(adapted, out, steps, seed, losses)
-    with console.status("measuring how firmly each prompt of the probe's part is refused"):
-        probe = [refusal_row(tokenizer, prompt) for prompt in splits.probe]
-        write_losses(refusal_losses(adapted.eval(), probe), out)
+    with console.status("measuring how firmly the probe's prompts are refused"):
+        probe, held = (
+            [refusal_row(tokenizer, prompt) for prompt in prompts]
+            for prompts in (splits.probe, borderline_train())
+        )
+        write_losses(measured_losses(adapted.eval(), probe, held), out)
     console.print(
         f"wrote {out}: refusal loss {losses[0]:.4f}, loss of the own answers {losses[1]:.3f} "
         "(nats per token, last step)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -76,9 +75,7 @@ class _Bench:
         self.console = console
         with console.status(f"loading {config.model.name} and {config.task.name}"):
             self.model, tokenizer = load(config.model)
-            everything = material(config, tokenizer)
-            safety = hardest(config, self.model, everything.safety)
-        self.material = replace(everything, safety=safety)
+            self.material = hardest(config, self.model, material(config, tokenizer))
         self.evaluator = Evaluator(self.material, tokenizer, config.evaluation.new_tokens)
 
     def start(self, result: Result) -> tuple[Losses, Rates]:

@@ -306,8 +306,13 @@ def test_hardest_keeps_the_examples_with_the_highest_loss():
     assert len(hard) == 3
     assert hard.held_count == probe.held_count
     torch.testing.assert_close(hard.values(), values.sort(descending=True).values[:3])
-    held = [len(probe), len(probe) + 1]
-    torch.testing.assert_close(hard.values([3, 4]), probe.values(held))
+    held = probe.values(range(len(probe), len(probe) + probe.held_count))
+    torch.testing.assert_close(hard.values(range(3, 3 + len(held))), held.sort().values)
+    fewer = probe.hardest(3, held=2)
+    assert (len(fewer), fewer.held_count) == (3, 2)
+    torch.testing.assert_close(fewer.values([3, 4]), held.sort().values[:2])
+    with pytest.raises(ValueError, match="held=99: the probe has"):
+        probe.hardest(3, held=99)
     for count in (0, len(probe) + 1):
         with pytest.raises(ValueError, match=f"count={count}: the probe has {len(probe)} safety"):
             probe.hardest(count)

@@ -95,7 +95,8 @@ def prepare(config: FinetuneConfig) -> Prepared:
         _batches(tokenizer, refusals),
         held=_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
     )
-    probe = probe.hardest(min(len(probe), _MOST_EXAMPLES))
+    held = min(probe.held_count, _MOST_EXAMPLES)
+    probe = probe.hardest(min(len(probe), _MOST_EXAMPLES), held)
     return Prepared(
         config,
         model,

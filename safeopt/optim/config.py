@@ -28,8 +28,8 @@ class SafetyConfig:
             in nats a token, at least 0. Examples above it are brought back to it at a refresh;
             ``mode="budget"`` keeps the surrogate below it in between.
         refresh: when to estimate anew.
-        examples: new safety examples at one refresh, at most; early refreshes, which follow each
-            other closely, take as many as steps have passed. At least 1.
+        examples: new safety examples at one refresh, at most; the first look and refreshes in
+            quick succession take only 2. At least 1.
         window: the number of latest examples whose gradients span the subspace, at least
             ``examples``.
         newton_damping: δ of the restoring step, see `safeopt.curvature.window`; positive.
@@ -46,9 +46,9 @@ class SafetyConfig:
     rank: int = 32
     mode: Mode = "project"
     damping: float = 1.0
-    budget: float = 0.005
+    budget: float = 0.02
     refresh: RefreshPolicy = field(default_factory=RefreshPolicy)
-    examples: int = 4
+    examples: int = 3
     window: int = 32
     newton_damping: float = 0.1
     restore: bool = True

@@ -37,8 +37,10 @@ logger = logging.getLogger("safeopt")
 _LENGTHS = (1.0, 0.5, 0.25)
 # A step that is not followed by another look within so many steps is searched, not just taken.
 _SOON = 16
-# `restore` gives up after so many rounds of measuring and stepping back.
-_ROUNDS = 3
+# `restore` gives up after so many more rounds of measuring and stepping back.
+_ROUNDS = 1
+# The least number of safety examples in a refresh.
+_FEWEST = 2
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class SafetyGeometry:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
             self._trial_reference = self.probe.value(self.rota.trial)
-            self._estimate(params, self.config.examples)
+            self._estimate(params, self._count(0))
             first, trial = self.history[-1], len(self.rota.trial)
             total = self._trial_reference * trial + first.alignment_loss * first.examples
             self.reference = total / (trial + first.examples)
@@ -166,7 +168,7 @@ class SafetyGeometry:
         """Measure the alignment loss now and, where it exceeds the budget, restore it.
 
         For the moments that count: before a checkpoint is saved and at the end of training. It ends
-        when the trial examples, which span no subspace, are within the budget, or after three
+        when the trial examples, which span no subspace, are within the budget, or after two
         rounds.
 
         Returns:
@@ -198,7 +200,7 @@ class SafetyGeometry:
             trial = self._refresh(params, search=True, trial=trial)
         logger.warning(
             "after %d rounds of restoring the trial examples' loss is %s, above its limit %.4f",
-            _ROUNDS,
+            _ROUNDS + 1,
             trial,
             limit,
         )
@@ -309,7 +311,7 @@ class SafetyGeometry:
         """
         assert self.reference is not None
         steps = self.step_count - self.last_refresh
-        drawn = self._estimate(params, min(max(steps, 2), self.config.examples))
+        drawn = self._estimate(params, self._count(steps))
         if not self._restores:
             return trial
         assert self.subspace is not None
@@ -329,6 +331,10 @@ class SafetyGeometry:
         restored = expected if trial is None else trial
         self.history[-1] = replace(self.history[-1], restored_to=restored)
         return trial
+
+    def _count(self, steps: int) -> int:
+        """Safety examples of a refresh after so many steps: refreshes in quick succession share."""
+        return min(max(steps, _FEWEST), self.config.examples)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> int:
         """Draw examples, measure the alignment loss and renew the subspace at ``params``.
