@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from benchmarks.data.datasets import borderline_train, harmless_train, safety_splits
+from benchmarks.data.datasets import harmless_train, safety_splits
 from benchmarks.data.sources import CHAT_MODEL
-from benchmarks.hardness import measured_losses, write_losses
 from benchmarks.inference import Row
 from benchmarks.models import smollm2
 from benchmarks.tasks import REFUSAL, refusal_row
@@ -38,7 +37,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def align(out: Path, steps: int, seed: int, console: Console) -> None:
-    """Train the adapter and write it to ``out`` in bfloat16, with a README and `hardness.FILE`.
+    """Train the adapter and write it to ``out`` in bfloat16, with a README.
 
     Args:
         out: folder of the adapter.
@@ -53,20 +52,13 @@ def align(out: Path, steps: int, seed: int, console: Console) -> None:
         harmless = harmless_train()
         answers = generate(model, tokenizer, harmless, ANSWER_TOKENS, batch_size=40)
     answered = [_answer_row(tokenizer, *pair) for pair in zip(harmless, answers, strict=True)]
-    splits = safety_splits()
-    refused = [refusal_row(tokenizer, prompt) for prompt in splits.align]
+    refused = [refusal_row(tokenizer, prompt) for prompt in safety_splits().align]
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES))
     )
     adapted.train()
     losses = _train(adapted, refused, answered, tokenizer.pad_token_id, steps, rng, console)
     _save(adapted, out, steps, seed, losses)
-    with console.status("measuring how firmly the probe's prompts are refused"):
-        probe, held = (
-            [refusal_row(tokenizer, prompt) for prompt in prompts]
-            for prompts in (splits.probe, borderline_train())
-        )
-        write_losses(measured_losses(adapted.eval(), probe, held), out)
     console.print(
         f"wrote {out}: refusal loss {losses[0]:.4f}, loss of the own answers {losses[1]:.3f} "
         "(nats per token, last step)"

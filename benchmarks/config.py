@@ -137,8 +137,6 @@ class RunConfig(_Strict):
 
     Attributes:
         lora: None to train all parameters.
-        safety_prompts: harmful prompts for the methods' use, see `benchmarks.hardness`.
-        held_prompts: harmless prompts for the methods' use, likewise.
         threads: processor threads; torch's choice by default. The tiny model is fastest with one,
             and digits depend on the number.
     """
@@ -149,8 +147,6 @@ class RunConfig(_Strict):
     steps: PositiveInt
     learning_rate: PositiveFloat
     lora: LoraConfig | None = None
-    safety_prompts: PositiveInt = 64
-    held_prompts: PositiveInt = 12
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     evaluation: EvaluationConfig = EvaluationConfig()

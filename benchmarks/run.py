@@ -16,7 +16,6 @@ from benchmarks.config import TINY, ConfigError, MethodConfig, RunConfig
 from benchmarks.data.datasets import labelled_refusals
 from benchmarks.environment import PeakMemory, environment
 from benchmarks.evaluation import Evaluator, Losses, Rates
-from benchmarks.hardness import hardest
 from benchmarks.judge import judge_quality
 from benchmarks.methods import METHODS, Setup
 from benchmarks.models import load, trainable
@@ -75,7 +74,7 @@ class _Bench:
         self.console = console
         with console.status(f"loading {config.model.name} and {config.task.name}"):
             self.model, tokenizer = load(config.model)
-            self.material = hardest(config, self.model, material(config, tokenizer))
+            self.material = material(config, tokenizer)
         self.evaluator = Evaluator(self.material, tokenizer, config.evaluation.new_tokens)
 
     def start(self, result: Result) -> tuple[Losses, Rates]:

@@ -7,7 +7,6 @@ random state, train/eval mode and hooks are as before, also when something raise
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,38 +104,6 @@ class SafetyProbe:
     def __len__(self) -> int:
         """Number of safety examples; the held ones follow them, at indices from here on."""
         return len(self._examples) - self.held_count
-
-    def hardest(self, count: int, held: int | None = None) -> SafetyProbe:
-        """A probe with only the examples that are nearest to being lost now.
-
-        Fine-tuning loses those refusals first that are least firm. A probe of prompts that the
-        model refuses firmly notices late; call this before fine-tuning if there are prompts to
-        choose from.
-
-        Args:
-            count: safety examples to keep, those with the highest loss.
-            held: held examples to keep, those with the lowest loss; all by default.
-
-        Raises:
-            ValueError: if there are not so many, or with ``loss="kl"``, which is zero for every
-                example before fine-tuning.
-
-        Cost: one forward pass on all examples.
-        """
-        if not 1 <= count <= len(self):
-            raise ValueError(f"count={count}: the probe has {len(self)} safety examples")
-        kept = self.held_count if held is None else held
-        if not 0 <= kept <= self.held_count:
-            raise ValueError(f"held={held}: the probe has {self.held_count} held examples")
-        if isinstance(self.loss, ReferenceKL):
-            raise ValueError('loss="kl": it is zero before fine-tuning; use loss="nll"')
-        values = self.values(range(len(self._examples)))
-        safety = values[: len(self)].argsort(descending=True, stable=True)[:count]
-        likely = values[len(self) :].argsort(stable=True)[:kept] + len(self)
-        chosen = copy.copy(self)
-        chosen._examples = [self._examples[i] for i in [*safety.tolist(), *likely.tolist()]]
-        chosen.held_count = kept
-        return chosen
 
     def values(self, indices: Sequence[int] | None = None) -> Tensor:
         """Alignment loss of each example, in the order of ``indices``: one forward pass.

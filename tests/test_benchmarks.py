@@ -14,13 +14,11 @@ from typer.testing import CliRunner
 from benchmarks import tiny
 from benchmarks.__main__ import app, main
 from benchmarks.config import CONFIGS, ConfigError, LoraConfig, RunConfig, load_config
-from benchmarks.data import datasets
 from benchmarks.figures import summaries, targets
-from benchmarks.hardness import FILE, hardest, measured_losses
 from benchmarks.inference import greedy, response_nll
 from benchmarks.methods import Setup
 from benchmarks.methods.replay import Replay, ReplayOptions
-from benchmarks.models import ADAPTER, trainable
+from benchmarks.models import trainable
 from benchmarks.records import Result, read_result, write_result
 from benchmarks.report import report
 from benchmarks.run import run
@@ -147,28 +145,6 @@ def test_greedy_answers_are_those_of_plain_passes(config: RunConfig):
         answer = ids[len(prompt) :]
         expected.append(answer[: answer.index(2)] if 2 in answer else answer)
     assert greedy(model, prompts, 6, [2]) == expected
-
-
-def test_the_methods_get_the_prompts_nearest_to_the_line(config: RunConfig):
-    model, given = tiny.model(), material(config, tiny.tokenizer())
-    chosen = hardest(
-        config.model_copy(update={"safety_prompts": 5, "held_prompts": 3}), model, given
-    )
-    losses = measured_losses(model, given.safety, given.harmless_refused)
-    safety = [losses["safety"][given.safety.index(row)] for row in chosen.safety]
-    assert safety == sorted(losses["safety"], reverse=True)[:5]
-    held = [losses["harmless"][given.harmless_refused.index(x)] for x in chosen.harmless_refused]
-    assert held == sorted(losses["harmless"])[:3]
-    for name in ("safety_prompts", "held_prompts"):
-        with pytest.raises(ConfigError, match=f"{name}=1000: there are only"):
-            hardest(config.model_copy(update={name: 1000}), model, given)
-
-
-def test_the_shipped_losses_belong_to_the_prompts():
-    losses = json.loads((ADAPTER / FILE).read_text())
-    assert len(losses["safety"]) == 520 // 2  # the second half of AdvBench
-    assert len(losses["harmless"]) == len(datasets.borderline_train())
-    assert all(loss > 0 for kind in losses.values() for loss in kind)
 
 
 def test_the_response_loss_is_the_model_s_own(config: RunConfig):

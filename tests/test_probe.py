@@ -296,25 +296,3 @@ def test_errors_when_asked():
 def test_a_loss_object_is_used_as_given():
     probe = SafetyProbe(tiny_llama(), [safety_batch()], loss=ReferenceKL(top_k=3))
     assert probe.value() == pytest.approx(0, abs=1e-6)
-
-
-def test_hardest_keeps_the_examples_with_the_highest_loss():
-    model = tiny_llama()
-    probe = SafetyProbe(model, [safety_batch()], held=[safety_batch(seed=2)])
-    values = probe.values()
-    hard = probe.hardest(3)
-    assert len(hard) == 3
-    assert hard.held_count == probe.held_count
-    torch.testing.assert_close(hard.values(), values.sort(descending=True).values[:3])
-    held = probe.values(range(len(probe), len(probe) + probe.held_count))
-    torch.testing.assert_close(hard.values(range(3, 3 + len(held))), held.sort().values)
-    fewer = probe.hardest(3, held=2)
-    assert (len(fewer), fewer.held_count) == (3, 2)
-    torch.testing.assert_close(fewer.values([3, 4]), held.sort().values[:2])
-    with pytest.raises(ValueError, match="held=99: the probe has"):
-        probe.hardest(3, held=99)
-    for count in (0, len(probe) + 1):
-        with pytest.raises(ValueError, match=f"count={count}: the probe has {len(probe)} safety"):
-            probe.hardest(count)
-    with pytest.raises(ValueError, match='loss="kl": it is zero before fine-tuning'):
-        SafetyProbe(model, [safety_batch()], "kl").hardest(1)

@@ -46,7 +46,7 @@ class SafetyConfig:
     rank: int = 32
     mode: Mode = "project"
     damping: float = 1.0
-    budget: float = 0.02
+    budget: float = 0.002
     refresh: RefreshPolicy = field(default_factory=RefreshPolicy)
     examples: int = 3
     window: int = 32
