@@ -37,7 +37,7 @@ logger = logging.getLogger("safeopt")
 _LENGTHS = (1.0, 0.5, 0.25)
 # A step that is not followed by another look within so many steps is searched, not just taken.
 _SOON = 16
-# `restore` gives up after so many more rounds of measuring and stepping back.
+# `restore` repeats measuring and stepping back so often where once was not enough.
 _ROUNDS = 1
 # The least number of safety examples in a refresh.
 _FEWEST = 2
@@ -168,8 +168,8 @@ class SafetyGeometry:
         """Measure the alignment loss now and, where it exceeds the budget, restore it.
 
         For the moments that count: before a checkpoint is saved and at the end of training. It ends
-        when the trial examples, which span no subspace, are within the budget, or after two
-        rounds.
+        when the trial examples, which span no subspace, are within the budget, or after one
+        more round; then a warning is logged.
 
         Returns:
             The last measurement. Cost: one forward pass on the trial examples and, unless a refresh
@@ -193,17 +193,18 @@ class SafetyGeometry:
             return
         assert self._trial_reference is not None
         limit = self._trial_reference + self.config.budget
+        if trial is None:
+            trial = self.probe.value(self.rota.trial)
         for _ in range(_ROUNDS):
-            trial = self.probe.value(self.rota.trial) if trial is None else trial
-            if trial <= limit:
-                return
-            trial = self._refresh(params, search=True, trial=trial)
-        logger.warning(
-            "after %d rounds of restoring the trial examples' loss is %s, above its limit %.4f",
-            _ROUNDS + 1,
-            trial,
-            limit,
-        )
+            if trial > limit:
+                trial = self._refresh(params, search=True, trial=trial)
+                assert trial is not None  # a search measures it, and without one it is as before
+        if trial > limit:
+            logger.warning(
+                "restore: the trial examples' alignment loss is %.4f, above its limit %.4f",
+                trial,
+                limit,
+            )
 
     def observe_gradient(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
         """Update the coupling γ_t from the task gradient's coordinates, which cost k numbers.
@@ -333,7 +334,7 @@ class SafetyGeometry:
         return trial
 
     def _count(self, steps: int) -> int:
-        """Safety examples of a refresh after so many steps: refreshes in quick succession share."""
+        """Number of safety examples for a refresh after so many steps."""
         return min(max(steps, _FEWEST), self.config.examples)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> int:
