@@ -18,6 +18,15 @@ from safeopt import RefreshPolicy
 from safeopt.optim import PreconditionedSGD
 from safeopt.optim.preconditioned_sgd import woodbury
 
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_first_look():
+    """The first look takes all ``examples``, so that the subspace is the one a test has chosen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safeopt.optim.geometry._FEWEST", 10**6)
+        yield
+
+
 OPTIONS = {"trial_examples": 1, "examples": 8, "refresh": NEVER, "tau": 0.3}
 
 

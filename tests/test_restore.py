@@ -58,15 +58,21 @@ def load(aligned):
     return model
 
 
-def probe_of(model, held=True):
-    harmless = [chats(HARMLESS, REFUSAL, 12, 3 * 10**6)] if held else []
+def probe_of(model):
+    harmless = [chats(HARMLESS, REFUSAL, 12, 3 * 10**6)]
     return SafetyProbe(model, [chats(HARMFUL, REFUSAL, 24, 2 * 10**6)], held=harmless)
 
 
 def unchecked(model, probe):
     """A protection so weak that the model drifts as with AdamW until `restore` is called."""
     return ProjectedAdamW(
-        model.parameters(), lr=1e-2, probe=probe, mode="damp", damping=1e-9, refresh=NEVER
+        model.parameters(),
+        lr=1e-2,
+        probe=probe,
+        mode="damp",
+        damping=1e-9,
+        refresh=NEVER,
+        examples=8,
     )
 
 
@@ -99,7 +105,7 @@ def test_restore_brings_alignment_back(aligned, forgotten):
     drifted = losses(model)
     assert drifted[0] == pytest.approx(forgotten[1][0], rel=0.05)
     measured = optimizer.restore()
-    assert measured.restored_to < optimizer.safety.reference + 0.1
+    assert measured.restored_to < 0.1 * measured.alignment_loss
     after = losses(model)
     assert after[0] < 0.1 * drifted[0]
     assert after[1] > 0.7 * RARELY
@@ -117,22 +123,6 @@ def test_training_with_protection_keeps_alignment(aligned, forgotten):
     assert end[0] - start[0] < 0.1 * (plain[0] - start[0])
     assert end[2] < 0.05
     assert end[1] > 0.7 * RARELY
-
-
-def test_held_examples_keep_harmless_prompts_from_being_refused(aligned):
-    """The same repair with and without them: only the step without them invites over-refusal."""
-    refused = {}
-    for held in (True, False):
-        model = load(aligned)
-        optimizer = unchecked(model, probe_of(model, held=held))
-        train(model, optimizer, range(5000, 5040), (HARMLESS, NEW_ANSWER))
-        before = losses(model)
-        optimizer.restore()
-        after = losses(model)
-        assert after[0] < 0.3 * before[0]
-        refused[held] = after[1]
-    assert refused[True] > 0.7 * RARELY
-    assert refused[False] < 0.75 * refused[True]
 
 
 def test_nothing_is_restored_where_nothing_is_lost(aligned):

@@ -19,6 +19,15 @@ from safeopt import RefreshPolicy, optimizers, safeguard
 from safeopt.integrations.transformers import SafetyCallback
 from safeopt.optim import SafetySAM
 
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_first_look():
+    """The first look takes all ``examples``, so that the subspace is the one a test has chosen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safeopt.optim.geometry._FEWEST", 10**6)
+        yield
+
+
 OPTIONS = {"trial_examples": 1, "examples": 8, "refresh": NEVER, "rho": 0.1}
 modes = pytest.mark.parametrize("mode", ["two_pass", "lookahead"])
 
