@@ -1,4 +1,4 @@
-"""The command line: ``safeopt finetune``."""
+"""The command line: ``safeopt finetune`` and ``safeopt plan``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from safeopt.finetuning.config import FinetuneConfig
+from safeopt.plan_command import plan_command
 
 app = typer.Typer(
     help="Fine-tune an aligned language model without losing its alignment.",
@@ -35,6 +36,9 @@ _DEFAULTS = FinetuneConfig  # one source for the defaults of library and command
 @app.callback()
 def _commands() -> None:
     """Fine-tune an aligned language model without losing its alignment."""
+
+
+app.command("plan")(plan_command)
 
 
 @app.command()

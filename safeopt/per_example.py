@@ -15,6 +15,8 @@ the examples instead, and remembered. Mixing in a layer without parameters of it
 as it is and is not noticed: the rows are then each example's share of the total gradient.
 
 Cost: one forward and one backward pass of the batch, and ``m`` numbers for each parameter.
+
+`safeopt.factored_gradients` keeps a and b instead of the m matrices of linear layers.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
+
+from safeopt.rows import row_dtype as row_dtype
 
 logger = logging.getLogger("safeopt")
 
@@ -70,35 +74,39 @@ def per_example_gradients(
     Returns:
         Losses and gradients, see `PerExampleGradients`.
     """
-    with _Recorder(model, params, len(single_losses), skip=looped) as recorder:
+    with Recorder(model, params, len(single_losses), skip=looped) as recorder:
         values = losses()
         total = torch.autograd.grad(values.sum(), list(params), allow_unused=True)
-    rows = recorder.rows
+    rows = [recorder.row(index) for index in range(len(params))]
     for index, (gradient, row) in enumerate(zip(total, rows, strict=True)):
-        if index in looped or gradient is None:
-            continue
-        gap = torch.linalg.vector_norm(row.sum(0) - gradient.to(row.dtype))
-        scale = torch.linalg.vector_norm(row, dim=None)
-        exact = gradient.dtype == row.dtype and not recorder.rounded
-        tolerance = _AGREEMENT[row.dtype] if exact else 0.1
-        if index in recorder.mixed or gap > tolerance * scale + torch.finfo(gradient.dtype).tiny:
-            looped.add(index)
-            logger.info("per-example gradients of parameter %d need a loop over examples", index)
-    if looped:
-        subset = sorted(looped)
-        for index in subset:
-            rows[index].zero_()
-        for example, single in enumerate(single_losses):
-            gradients = torch.autograd.grad(
-                single().sum(), [params[i] for i in subset], allow_unused=True
-            )
-            for index, gradient in zip(subset, gradients, strict=True):
-                if gradient is not None:
-                    rows[index][example] = gradient
+        if index not in looped and gradient is not None:
+            recorder.check(index, row.sum(0), gradient, torch.linalg.vector_norm(row), looped)
+    for index, row in looped_rows(single_losses, params, looped).items():
+        rows[index] = row
     return PerExampleGradients(values.detach(), rows)
 
 
-class _Recorder(AbstractContextManager["_Recorder"]):
+def looped_rows(
+    single_losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor], looped: set[int]
+) -> dict[int, Tensor]:
+    """Gradients of a few parameters by one pass for each example."""
+    rows = {
+        i: params[i].new_zeros((len(single_losses), *params[i].shape), dtype=row_dtype(params[i]))
+        for i in sorted(looped)
+    }
+    if not rows:
+        return rows
+    for example, single in enumerate(single_losses):
+        gradients = torch.autograd.grad(
+            single().sum(), [params[i] for i in rows], allow_unused=True
+        )
+        for row, gradient in zip(rows.values(), gradients, strict=True):
+            if gradient is not None:
+                row[example] = gradient
+    return rows
+
+
+class Recorder(AbstractContextManager["Recorder"]):
     """Hooks that add each module's share of the per-example gradients to ``rows``."""
 
     def __init__(
@@ -107,9 +115,8 @@ class _Recorder(AbstractContextManager["_Recorder"]):
         self.examples = examples
         self.mixed: set[int] = set()
         self.rounded = False  # a layer ran in half precision, by itself or under autocast
-        self.rows = [
-            torch.zeros((examples, *p.shape), dtype=row_dtype(p), device=p.device) for p in params
-        ]
+        self._params = params
+        self._rows: dict[int, Tensor] = {}
         wanted = {id(p): index for index, p in enumerate(params) if index not in skip}
         self._owned: dict[nn.Module, dict[str, int]] = {}
         for module in model.modules():
@@ -123,7 +130,7 @@ class _Recorder(AbstractContextManager["_Recorder"]):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaying = False
 
-    def __enter__(self) -> _Recorder:
+    def __enter__(self) -> Recorder:
         for module in self._owned:
             self._handles.append(module.register_forward_hook(self._forward, with_kwargs=True))
         return self
@@ -137,13 +144,35 @@ class _Recorder(AbstractContextManager["_Recorder"]):
         for handle in self._handles:
             handle.remove()
 
+    def row(self, index: int) -> Tensor:
+        """The dense rows of a parameter, zeros at first."""
+        if index not in self._rows:
+            p = self._params[index]
+            shape = (self.examples, *p.shape)
+            self._rows[index] = torch.zeros(shape, dtype=row_dtype(p), device=p.device)
+        return self._rows[index]
+
+    def check(
+        self, index: int, summed: Tensor, gradient: Tensor, scale: Tensor, looped: set[int]
+    ) -> None:
+        """Put a parameter into ``looped`` where its rows' sum is not the total gradient."""
+        gap = torch.linalg.vector_norm(summed - gradient.to(summed.dtype))
+        exact = gradient.dtype == summed.dtype and not self.rounded
+        tolerance = _AGREEMENT[summed.dtype] if exact else 0.1
+        if index in self.mixed or gap > tolerance * scale + torch.finfo(gradient.dtype).tiny:
+            looped.add(index)
+            logger.info("per-example gradients of parameter %d need a loop over examples", index)
+
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._replaying or not torch.is_grad_enabled():
             return
         if not isinstance(output, Tensor):
             self.mixed.update(self._owned[module].values())
         elif output.requires_grad:
-            output.register_hook(lambda b: self._record(module, args, kwargs, b))
+            self._watch(output, module, args, kwargs)
+
+    def _watch(self, output: Tensor, module: nn.Module, args: Any, kwargs: Any) -> None:
+        output.register_hook(lambda b: self._record(module, args, kwargs, b))
 
     @torch.no_grad()
     def _record(self, module: nn.Module, args: Any, kwargs: Any, b: Tensor) -> None:
@@ -162,14 +191,14 @@ class _Recorder(AbstractContextManager["_Recorder"]):
     def _linear(self, own: dict[str, int], a: Tensor, b: Tensor) -> None:
         b = b.reshape(self.examples, -1, b.shape[-1])
         if "weight" in own:
-            rows = self.rows[own["weight"]]
+            rows = self.row(own["weight"])
             a = a.reshape(self.examples, -1, a.shape[-1])
             rows.baddbmm_(b.transpose(1, 2).to(rows.dtype), a.to(rows.dtype))
         if "bias" in own:
-            self.rows[own["bias"]] += b.sum(1)
+            self.row(own["bias"]).add_(b.sum(1))
 
     def _embedding(self, module: nn.Embedding, index: int, tokens: Tensor, b: Tensor) -> None:
-        rows = self.rows[index]
+        rows = self.row(index)
         flat_b = b.reshape(self.examples, -1, b.shape[-1]).to(rows.dtype)
         tokens = tokens.reshape(self.examples, -1)
         if module.padding_idx is not None:
@@ -199,14 +228,9 @@ class _Recorder(AbstractContextManager["_Recorder"]):
             gradients = torch.autograd.grad(output, list(leaves.values()), part, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    self.rows[own[name]][example] += gradient
+                    self.row(own[name])[example] += gradient
 
     def _one(self, value: Any, example: int) -> Any:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.examples:
             return value[example : example + 1].detach()
         return value
-
-
-def row_dtype(p: Tensor) -> torch.dtype:
-    """The dtype in which gradients and bases of a parameter are kept: float32, or float64."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32

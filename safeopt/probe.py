@@ -17,9 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from safeopt.factored import FactoredRows
+from safeopt.factored_gradients import factored_gradients, in_order
 from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, refusal_nll
-from safeopt.per_example import PerExampleGradients, per_example_gradients, row_dtype
+from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.prefix import share_prefix, tokens_run
+from safeopt.rows import row_dtype
 
 
 @dataclass
@@ -100,6 +103,7 @@ class SafetyProbe:
         self._reference_cached = not isinstance(self.loss, ReferenceKL)
         self._looped: set[int] = set()
         self._looped_for: tuple[int, ...] = ()
+        self._verified = False  # whether `_looped` has been found for factored gradients
 
     def __len__(self) -> int:
         """Number of safety examples; the held ones follow them, at indices from here on."""
@@ -175,8 +179,7 @@ class SafetyProbe:
             ``indices``. Memory: m numbers for each parameter.
         """
         chosen = self._check(indices)
-        if self._looped_for != tuple(id(p) for p in params):
-            self._looped, self._looped_for = set(), tuple(id(p) for p in params)
+        self._prepare_for(params)
         losses = torch.empty(len(chosen))
         rows = [p.new_empty((len(chosen), *p.shape), dtype=row_dtype(p)) for p in params]
         with self._untouched(), torch.enable_grad():
@@ -194,6 +197,43 @@ class SafetyProbe:
                 for all_rows, some in zip(rows, part.rows, strict=True):
                     all_rows[positions] = some
         return PerExampleGradients(losses, rows)
+
+    def factored(
+        self, params: Sequence[Tensor], indices: Sequence[int] | None = None
+    ) -> tuple[Tensor, FactoredRows]:
+        """As `per_example`, but linear layers and embeddings keep what their gradients are made of.
+
+        Args:
+            params: parameters of the model that require a gradient.
+            indices: which examples; all by default.
+
+        Returns:
+            Losses ``(m,)`` and the gradients, in the order of ``indices``. Memory: the layers'
+            inputs and output gradients at the examples' tokens, see `safeopt.factored`.
+        """
+        chosen = self._check(indices)
+        self._prepare_for(params)
+        parts = []
+        with self._untouched(), torch.enable_grad():
+            for positions in self._micro_batches(chosen):
+                members = [chosen[position] for position in positions]
+                losses, rows = factored_gradients(
+                    partial(self._run, members, backward=True),
+                    [partial(self._run, [member], backward=True) for member in members],
+                    self.model,
+                    params,
+                    self._looped,
+                    verify=not self._verified,
+                )
+                self._verified = True
+                parts.append((positions, losses, rows))
+        return in_order(parts)
+
+    def _prepare_for(self, params: Sequence[Tensor]) -> None:
+        """Forget which parameters need the loop over examples if these are others than before."""
+        if self._looped_for != tuple(id(p) for p in params):
+            self._looped, self._looped_for = set(), tuple(id(p) for p in params)
+            self._verified = False
 
     def _check(self, indices: Sequence[int] | None) -> list[int]:
         chosen = list(range(len(self)) if indices is None else indices)

@@ -82,6 +82,26 @@ def test_lora_resumes_bit_for_bit(curvature, dtype):
     assert_same_run(optimizer.safety, fresh.safety)
 
 
+@pytest.mark.parametrize("basis", ["dense", "int8", "factored", "compressed"])
+def test_every_kind_of_basis_resumes_bit_for_bit(basis):
+    def start(kind=basis):
+        model = tiny_llama(hidden=48, layers=1, tied=True)
+        return build("safeguard(AdamW)", model=model, basis=kind, **OPTIONS)
+
+    model, optimizer = start()
+    run(model, optimizer, 6)
+    assert optimizer.safety.subspace.basis.kind == basis
+    again, fresh = resumed(model, optimizer, start)
+    run(model, optimizer, 4, start=6)
+    run(again, fresh, 4, start=6)
+    assert equal(again.parameters(), model.parameters())
+    assert_same_run(optimizer.safety, fresh.safety)
+    plain, dense = start("dense")
+    run(plain, dense, 10)
+    ends = [o.safety.history[-1].alignment_loss for o in (optimizer, dense)]
+    assert ends[0] == pytest.approx(ends[1], rel=0.03 if basis == "compressed" else 1e-3)
+
+
 @names
 def test_the_state_is_a_copy(name):
     """Neither later steps nor the optimizer that loads it change a saved state."""
@@ -97,7 +117,7 @@ def test_the_state_is_a_copy(name):
     for key, value in kept["subspace"].items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(saved["subspace"][key].nan_to_num(), value.nan_to_num())
-    assert equal(saved["subspace"]["basis"], kept["subspace"]["basis"])
+    assert equal(saved["subspace"]["basis"]["blocks"], kept["subspace"]["basis"]["blocks"])
     assert saved["history"] == kept["history"]
 
 
@@ -140,9 +160,12 @@ BAD_STATES = {
     "passes": replaced({"forward": 1, "evil": 2}, "safety", "passes"),
     "no basis": without(*SUBSPACE, "basis"),
     "no last_gradient": without(*SUBSPACE, "last_gradient"),
-    "a block short": replaced(lambda b: b[1:], *SUBSPACE, "basis"),
-    "rank": replaced(lambda b: [x[1:] for x in b], *SUBSPACE, "basis"),
-    "basis nan": replaced(lambda b: [not_finite(x) for x in b], *SUBSPACE, "basis"),
+    "a block short": replaced(lambda b: b[1:], *SUBSPACE, "basis", "blocks"),
+    "rank": replaced(lambda b: [x[1:] for x in b], *SUBSPACE, "basis", "blocks"),
+    "basis nan": replaced(lambda b: [not_finite(x) for x in b], *SUBSPACE, "basis", "blocks"),
+    "basis kind": replaced("sparse", *SUBSPACE, "basis", "kind"),
+    "basis of another kind": replaced("compressed", *SUBSPACE, "basis", "kind"),
+    "basis no dict": replaced([1], *SUBSPACE, "basis"),
     "anchor": replaced(lambda x: x[1:], *SUBSPACE, "anchor"),
     "anchor nan": replaced(not_finite, *SUBSPACE, "anchor"),
     "position": replaced(lambda x: x[1:], *SUBSPACE, "position"),

@@ -1,18 +1,111 @@
-"""Storage of the basis U of the safety subspace.
+"""The basis U of the safety subspace, and what every way of storing it can do.
+
+A basis holds k orthonormal directions over all protected parameters. All that happens to it is
+named by `Basis`, so that the optimizers do not know how it is stored:
+
+- each step: c = Uᵀθ (`coordinates`) and θ += U·δ (`expand_into`);
+- each refresh: G = [R U ; G_new], the window's gradients (`window`), their Gram matrix and new
+  directions M·G (`WindowRows`).
 
 `DenseBasis` keeps one tensor of shape ``(k, *p.shape)`` for each parameter, so that it can be moved
-and sharded with the parameter. Memory: k numbers for each protected parameter.
+and sharded with the parameter. Memory: k numbers for each protected parameter. The other kinds are
+in `safeopt.curvature.bases`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-# Columns multiplied in the rows' own dtype; the products of these chunks are summed in float64.
-_CHUNK = 1 << 14
+from safeopt.rows import GradientRows, flat_products, mixed, row_dtype
+from safeopt.rows import inner_products as inner_products
+
+
+class Basis(Protocol):
+    """k orthonormal directions in the space of all protected parameters."""
+
+    kind: ClassVar[str]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions k."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the basis occupies."""
+
+    def coordinates(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return Uᵀv, shape ``(k,)``, float64; None stands for zeros."""
+
+    def expand_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
+        """Add U·coordinates to ``tensors`` in place, in their own dtype."""
+
+    def inner(self, other: Any) -> Tensor:
+        """Inner products with a basis of the same kind, shape ``(k, k_other)``, float64."""
+
+    def coordinates_of(self, rows: Any) -> Tensor:
+        """Rows in the basis, shape ``(m, k)``, float64."""
+
+    def window(self, coefficients: Tensor, rows: Any) -> WindowRows:
+        """Old gradients in this basis, ``coefficients (w, k)``, followed by new ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers; the tensors are the basis's own, not copies."""
+
+
+class WindowRows(Protocol):
+    """The gradients of a window of examples, from which new directions are made."""
+
+    def products(self) -> Tensor:
+        """Their Gram matrix, shape ``(w, w)``, float64."""
+
+    def directions(self, mix: Tensor) -> tuple[Basis, Tensor]:
+        """Directions M·G for ``mix (k, w)``, orthonormalised, and which of them were kept."""
+
+    def coordinates(self, basis: Any) -> Tensor:
+        """The gradients in a basis made by `directions`, shape ``(w, k)``, float64."""
+
+
+class UpdatableBasis(Basis, Protocol):
+    """A basis whose successor is made of itself and of new gradients."""
+
+    def updated(self, left: Tensor, right: Tensor, rows: Any) -> tuple[Basis, Tensor]:
+        """Directions left·U + right·G_new, orthonormalised, and which of them were kept."""
+
+
+class CarriedRows:
+    """[R U ; G_new]: old gradients by their coefficients in the old basis, new ones as they are.
+
+    Args:
+        basis: U, orthonormal.
+        coefficients: R, shape ``(w, k)``.
+        rows: G_new.
+    """
+
+    def __init__(self, basis: UpdatableBasis, coefficients: Tensor, rows: GradientRows) -> None:
+        self._basis = basis
+        self._coefficients = coefficients
+        self._rows = rows
+
+    def products(self) -> Tensor:
+        """Their Gram matrix; UᵀU = I saves that of the old ones."""
+        old = self._coefficients
+        between = old @ self._basis.coordinates_of(self._rows).T
+        above = torch.cat([old @ old.T, between], dim=1)
+        return torch.cat([above, torch.cat([between.T, self._rows.products()], dim=1)])
+
+    def directions(self, mix: Tensor) -> tuple[Basis, Tensor]:
+        """Directions M·G for ``mix (k, w)``, orthonormalised, and which of them were kept."""
+        old = len(self._coefficients)
+        return self._basis.updated(mix[:, :old] @ self._coefficients, mix[:, old:], self._rows)
+
+    def coordinates(self, basis: Basis) -> Tensor:
+        """The gradients in a basis, shape ``(w, k)``, float64."""
+        old = self._coefficients @ self._basis.inner(basis)
+        return torch.cat([old, basis.coordinates_of(self._rows)])
 
 
 class DenseBasis:
@@ -23,8 +116,35 @@ class DenseBasis:
             their rows are orthonormal.
     """
 
+    kind: ClassVar[str] = "dense"
+
     def __init__(self, blocks: Sequence[Tensor]) -> None:
         self.blocks = list(blocks)
+
+    @classmethod
+    def empty(cls, params: Sequence[Tensor]) -> DenseBasis:
+        """The basis without a direction."""
+        return cls([p.detach().new_empty((0, *p.shape), dtype=row_dtype(p)) for p in params])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], params: Sequence[Tensor]) -> DenseBasis:
+        """The basis of a `state_dict`, on the parameters' devices; its tensors are not copied.
+
+        Raises:
+            ValueError: if it does not fit the parameters.
+        """
+        blocks = state["blocks"]
+        rank = blocks[0].shape[0] if blocks else 0
+        if [tuple(block.shape) for block in blocks] != [(rank, *p.shape) for p in params]:
+            raise ValueError(
+                f"its shapes do not fit the parameters ({len(blocks)} blocks of rank {rank} for "
+                f"{len(params)} parameters)"
+            )
+        return cls([block.to(p.device) for block, p in zip(blocks, params, strict=True)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its blocks."""
+        return {"kind": self.kind, "blocks": self.blocks}
 
     @property
     def rank(self) -> int:
@@ -49,7 +169,7 @@ class DenseBasis:
         for block, tensor in zip(self.blocks, tensors, strict=True):
             if tensor is not None and block.numel():
                 row = tensor.detach().reshape(1, -1).to(block.dtype)
-                total += _products(block.flatten(1), row).squeeze(1).to(total.device)
+                total += flat_products(block.flatten(1), row).squeeze(1).to(total.device)
         return total
 
     @torch.no_grad()
@@ -69,34 +189,37 @@ class DenseBasis:
         """Return UᵀW, the inner products with another basis; shape ``(k, k_other)``, float64."""
         return inner_products(self.blocks, other.blocks)
 
+    def coordinates_of(self, rows: GradientRows) -> Tensor:
+        """Rows in the basis, shape ``(m, k)``, float64."""
+        total = torch.zeros(len(rows), self.rank, dtype=torch.float64, device=self.blocks[0].device)
+        for index, block in enumerate(self.blocks):
+            if block.numel():
+                part = flat_products(rows.block(index).flatten(1), block.flatten(1))
+                total += part.to(total.device)
+        return total
+
+    def window(self, coefficients: Tensor, rows: GradientRows) -> CarriedRows:
+        """Old gradients in this basis, ``coefficients (w, k)``, followed by new ones."""
+        return CarriedRows(self, coefficients, rows)
+
+    def updated(self, left: Tensor, right: Tensor, rows: GradientRows) -> tuple[DenseBasis, Tensor]:
+        """Directions left·U + right·G_new, orthonormalised; all of them are kept."""
+        blocks = [
+            mixed(left, block) + mixed(right, rows.block(index))
+            for index, block in enumerate(self.blocks)
+        ]
+        correction = whitening(inner_products(blocks, blocks))
+        for index, block in enumerate(blocks):
+            blocks[index] = mixed(correction, block)
+        return DenseBasis(blocks), torch.arange(len(left))
+
     def rows(self, scale: Tensor) -> list[Tensor]:
         """Return the directions times ``scale (k,)``: rows whose Gram matrix is diag(scale²)."""
         return [block * scale.to(block).view(-1, *[1] * (block.dim() - 1)) for block in self.blocks]
 
 
-def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Inner products of rows, summed over the parameters.
-
-    Args:
-        left: one tensor for each parameter, shape ``(m, *p.shape)``.
-        right: likewise, shape ``(l, *p.shape)``.
-
-    Returns:
-        Shape ``(m, l)``, float64.
-    """
-    device = left[0].device
-    total = torch.zeros(left[0].shape[0], right[0].shape[0], dtype=torch.float64, device=device)
-    for a, b in zip(left, right, strict=True):
-        if a.numel() and b.numel():
-            total += _products(a.flatten(1), b.flatten(1)).to(total.device)
-    return total
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """left·rightᵀ in float64. float32 alone loses three digits over ten million columns."""
-    whole = left.shape[1] // _CHUNK * _CHUNK
-    total = (left[:, whole:] @ right[:, whole:].T).to(torch.float64)
-    if whole:
-        a, b = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (left, right))
-        total += (a @ b.transpose(1, 2)).sum(0, dtype=torch.float64)
-    return total
+def whitening(products: Tensor) -> Tensor:
+    """The matrix W that makes nearly orthonormal directions orthonormal: W·products·Wᵀ = I."""
+    if not len(products):
+        return products
+    return torch.linalg.inv(torch.linalg.cholesky(products))

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safeopt.curvature.basis import DenseBasis, inner_products
+from safeopt.curvature.bases import empty_basis
+from safeopt.curvature.basis import Basis
 from safeopt.curvature.solvers import gram
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
+from safeopt.rows import DenseRows, GradientRows
 
 
 @dataclass
@@ -38,7 +40,7 @@ class SafetySubspace:
         surrogate: the quadratic model of the alignment loss around the anchor.
     """
 
-    basis: DenseBasis
+    basis: Basis
     eigenvalues: Tensor
     window: Window
     anchor: Tensor
@@ -67,26 +69,29 @@ class SafetySubspace:
 def updated_subspace(
     previous: SafetySubspace | None,
     params: Sequence[Tensor],
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor] | GradientRows,
     losses: Tensor,
     tokens: Tensor,
     targets: Tensor,
     *,
     rank: int,
     window: int,
+    kind: str = "dense",
 ) -> SafetySubspace:
     """Estimate the subspace at the present parameters from new per-example gradients.
 
     Args:
         previous: the last estimate, whose youngest examples stay in the window; None at the start.
         params: the present parameters, one tensor each.
-        rows: gradients of q new safety examples, one tensor ``(q, *p.shape)`` for each parameter.
+        rows: gradients of q new safety examples, one tensor ``(q, *p.shape)`` for each parameter or
+            in another storage; `factored` and `compressed` bases need `FactoredRows`.
         losses: their alignment losses, shape ``(q,)``.
         tokens: their numbers of response tokens, see `Window`; shape ``(q,)``.
         targets: the losses below which held examples must not fall, nan for safety examples;
             shape ``(q,)``.
         rank: the largest number of directions.
         window: the largest number of examples, at least q.
+        kind: how the basis is stored, see `safeopt.curvature.bases`; ``previous`` keeps its own.
 
     Returns:
         The new estimate, anchored at ``params``. Its surrogate's value is the mean of the new
@@ -98,20 +103,18 @@ def updated_subspace(
     value = float(fresh[targets.isnan()].mean())
     kept = 0 if previous is None else min(window - len(fresh), len(previous.window))
     scale = 1.0
+    basis = empty_basis(kind, params) if previous is None else previous.basis
+    carried = torch.zeros(0, basis.rank, dtype=torch.float64, device=fresh.device)
     if previous is not None and kept > 0 and previous.rank > 0:
         old = previous.window.moved(previous.coordinates(params)).latest(kept)
-        rows = [
-            torch.cat(
-                [(old.coefficients.to(block) @ block.flatten(1)).view(-1, *block.shape[1:]), row]
-            )
-            for block, row in zip(previous.basis.blocks, rows, strict=True)
-        ]
+        carried, scale = old.coefficients, previous.surrogate.scale
         fresh = torch.cat([old.losses, fresh])
         tokens, targets = torch.cat([old.tokens, tokens]), torch.cat([old.targets, targets])
-        scale = previous.surrogate.scale
-    eigenvalues, basis = gram(rows, rank)
+    new = DenseRows(rows) if isinstance(rows, Sequence) else rows
+    together = basis.window(carried, new)
+    eigenvalues, basis = gram(together, rank, new.dtypes[0])
     eigenvalues = eigenvalues / len(fresh)
-    examples = Window(inner_products(rows, basis.blocks), fresh, tokens, targets)
+    examples = Window(together.coordinates(basis), fresh, tokens, targets)
     gradient = examples.coefficients[examples.safety].mean(0)
     return SafetySubspace(
         basis,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 
 Mode = Literal["project", "damp", "acceleration", "budget", "none"]
@@ -37,6 +38,8 @@ class SafetyConfig:
         trial_examples: safety examples kept apart for the line search, at least 1.
         curvature: ``"fisher"``, or ``"random"``: the control experiment, a random subspace of equal
             rank that knows nothing of safety (nothing is restored with it).
+        basis: how U is stored: ``"dense"``, ``"int8"``, ``"factored"``, ``"compressed"``, or
+            ``"auto"``, which picks by size, see `safeopt.curvature.bases`.
         seed: for the order of the safety examples and the random control.
 
     Raises:
@@ -54,6 +57,7 @@ class SafetyConfig:
     restore: bool = True
     trial_examples: int = 4
     curvature: Curvature = "fisher"
+    basis: Storage = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +78,7 @@ class SafetyConfig:
             raise ValueError(f"newton_damping={self.newton_damping}: expected a positive number")
         _at_least("trial_examples", self.trial_examples, 1, "the line search needs an example")
         _one_of("curvature", self.curvature, get_args(Curvature))
+        _one_of("basis", self.basis, get_args(Storage))
         if not isinstance(self.refresh, RefreshPolicy):
             raise TypeError(f"refresh={self.refresh!r}: expected a RefreshPolicy")
 

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature import surrogate as maps
-from safeopt.curvature.basis import inner_products
+from safeopt.curvature.bases import choose_basis
 from safeopt.curvature.subspace import SafetySubspace, updated_subspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.examples import ExampleRota
 from safeopt.probe import PassCounter, SafetyProbe
+from safeopt.rows import DenseRows, GradientRows
 
 logger = logging.getLogger("safeopt")
 
@@ -102,6 +103,7 @@ class SafetyGeometry:
         self.coupling: float | None = None
         self.step_count = 0
         self.last_refresh = 0
+        self._kind = ""  # of the basis
         self._checked = 0  # the step at which `restore` last ran to its end
         self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
         self._position = torch.zeros(0, dtype=torch.float64)  # c after the last step
@@ -352,7 +354,7 @@ class SafetyGeometry:
             )
         predicted = self.predicted
         look = self.rota.next(count)
-        losses, rows = self.probe.per_example(params, look.indices)
+        losses, rows = self._gradients(params, look.indices)
         tokens = self.probe.response_tokens(look.indices)
         targets = self.rota.targets(look, losses, tokens)
         if self.config.curvature == "random":
@@ -366,6 +368,7 @@ class SafetyGeometry:
             targets,
             rank=self.config.rank,
             window=self.config.window,
+            kind=self._kind,
         )
         self.rota.advance(look, targets)
         self.last_refresh = self.step_count
@@ -401,10 +404,23 @@ class SafetyGeometry:
         self.subspace.shift(params, -tried * step)
         return torch.zeros_like(step), before
 
-    def _random_rows(self, rows: Sequence[Tensor]) -> list[Tensor]:
+    def _gradients(
+        self, params: Sequence[Tensor], indices: Sequence[int]
+    ) -> tuple[Tensor, GradientRows]:
+        """Losses and gradients of examples, in the storage that the basis is made from."""
+        if self.subspace is None:
+            config = self.config
+            self._kind = choose_basis(config.basis, params, config.rank, self.probe.model)
+        else:
+            self._kind = self.subspace.basis.kind
+        if self._kind in ("factored", "compressed"):
+            return self.probe.factored(params, indices)
+        losses, rows = self.probe.per_example(params, indices)
+        return losses, DenseRows(rows)
+
+    def _random_rows(self, rows: GradientRows) -> GradientRows:
         """Rows of the same lengths in random directions: the control experiment."""
         generator = torch.Generator().manual_seed(self.config.seed + self.rota.drawn)
-        noise = [torch.randn(row.shape, generator=generator).to(row) for row in rows]
-        lengths = inner_products(rows, rows).diagonal().sqrt()
-        lengths = lengths / inner_products(noise, noise).diagonal().sqrt()
-        return [x * lengths.to(x).view(-1, *[1] * (x.dim() - 1)) for x in noise]
+        noise = rows.noise(generator)
+        lengths = (rows.products().diagonal() / noise.products().diagonal()).sqrt()
+        return noise.scaled(lengths)

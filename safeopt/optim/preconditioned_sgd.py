@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
+from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import Curvature, Mode, SafetyConfig
@@ -101,6 +102,7 @@ class PreconditionedSGD(torch.optim.SGD):
         restore_alignment: restore where the budget is exceeded.
         trial_examples: safety examples kept apart for the line search.
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
+        basis: how U is stored.
         seed: of the order of the safety examples.
         maximize: as in SGD; the alignment loss is kept low all the same.
         foreach: as in SGD.
@@ -147,6 +149,7 @@ class PreconditionedSGD(torch.optim.SGD):
         restore_alignment: bool = SafetyConfig.restore,
         trial_examples: int = SafetyConfig.trial_examples,
         curvature: Curvature = SafetyConfig.curvature,
+        basis: Storage = SafetyConfig.basis,
         seed: int = SafetyConfig.seed,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -177,6 +180,7 @@ class PreconditionedSGD(torch.optim.SGD):
             restore=restore_alignment,
             trial_examples=trial_examples,
             curvature=curvature,
+            basis=basis,
             seed=seed,
         )
         self.tau = tau

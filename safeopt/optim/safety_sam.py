@@ -57,6 +57,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import Curvature, Mode, SafetyConfig
@@ -132,6 +133,7 @@ class SafetySAM(OptimizerWrapper):
         restore_alignment: restore where the budget is exceeded.
         trial_examples: safety examples kept apart for the line search.
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
+        basis: how U is stored.
         seed: of the order of the safety examples.
         **base_options: arguments of ``base_optimizer``: ``lr``, ….
 
@@ -175,6 +177,7 @@ class SafetySAM(OptimizerWrapper):
         restore_alignment: bool = SafetyConfig.restore,
         trial_examples: int = SafetyConfig.trial_examples,
         curvature: Curvature = SafetyConfig.curvature,
+        basis: Storage = SafetyConfig.basis,
         seed: int = SafetyConfig.seed,
         **base_options: Any,
     ) -> None:
@@ -191,6 +194,7 @@ class SafetySAM(OptimizerWrapper):
             restore=restore_alignment,
             trial_examples=trial_examples,
             curvature=curvature,
+            basis=basis,
             seed=seed,
         )
         if damping == 0 and rho > 0:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from safeopt.curvature.basis import DenseBasis
+from safeopt.curvature.bases import basis_from_state
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
@@ -23,7 +24,7 @@ from safeopt.probe import PassCounter
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
-VERSION = 1
+VERSION = 2
 _COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn", "checked")
 _NUMBERS = ("reference", "trial_reference", "coupling")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
@@ -55,7 +56,7 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
     }
     if subspace is not None:
         state["subspace"] = {
-            "basis": [block.clone() for block in subspace.basis.blocks],
+            "basis": _copies(subspace.basis.state_dict()),
             "eigenvalues": subspace.eigenvalues.clone(),
             **{name: getattr(subspace.window, name).clone() for name in _WINDOW},
             "anchor": subspace.anchor.clone(),
@@ -119,15 +120,17 @@ def _check_subspace(subspace: Mapping[str, Any], params: Sequence[Tensor]) -> No
             raise ValueError(
                 f'{where}["{name}"]: shape {tuple(subspace[name].shape)}, expected {expected}'
             )
-    rank = sizes["k"]
-    shapes = [tuple(block.shape) for block in subspace["basis"]]
-    if shapes != [(rank, *p.shape) for p in params]:
+    try:
+        basis = basis_from_state(subspace["basis"], params)
+    except ValueError as error:
+        raise ValueError(f'{where}["basis"]: {error}') from error
+    if basis.rank != sizes["k"]:
         raise ValueError(
-            f'{where}["basis"]: its shapes do not fit the parameters '
-            f"({len(shapes)} blocks of rank {rank} for {len(params)} parameters)"
+            f'{where}["basis"]: its shapes do not fit the parameters ({basis.rank} directions, '
+            f"{sizes['k']} eigenvalues)"
         )
     finite = [subspace[name] for name in (*_SHAPES, *present) if "targets" not in name]
-    if not all(bool(torch.isfinite(x).all()) for x in (*subspace["basis"], *finite)):
+    if not all(bool(torch.isfinite(x).all()) for x in (*_tensors(subspace["basis"]), *finite)):
         raise ValueError(f"{where}: it holds a value that is not finite")
     if not (_is_number(subspace["value"]) and _is_number(subspace["scale"])):
         raise ValueError(f"{where}: value or scale is no finite number")
@@ -158,9 +161,7 @@ def load_state(
         device = params[0].device
         small = {name: stored[name].to(device).clone() for name in _SHAPES}
         subspace = SafetySubspace(
-            DenseBasis(
-                [x.to(p.device).clone() for x, p in zip(stored["basis"], params, strict=True)]
-            ),
+            basis_from_state(_copies(stored["basis"]), params),
             small["eigenvalues"],
             Window(*(small[name] for name in _WINDOW)),
             small["anchor"],
@@ -179,3 +180,12 @@ def load_state(
 
 def _copy(value: Tensor | None, device: torch.device | None = None) -> Tensor | None:
     return None if value is None else value.detach().clone().to(device)
+
+
+def _copies(tree: Any) -> Any:
+    """Nested dicts and lists with their tensors copied."""
+    return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

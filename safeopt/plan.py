@@ -1,0 +1,311 @@
+"""What protection will cost, from a model's configuration alone.
+
+The model is built on the meta device: shapes without weights. From them follow the bytes of
+parameters, gradients, AdamW's state and each kind of basis, and, with a few stated assumptions, the
+work of a refresh and of a step in units of a training step. One token costs one multiplication for
+each weight of a matrix in the forward pass and two in the backward pass, so a training step on T
+tokens costs 3·T units; attention's own products are left out on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safeopt.curvature.bases.compressed import SMALL
+from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.optim.config import SafetyConfig
+
+logger = logging.getLogger("safeopt")
+
+# What an adapter's gradients, moments and bases are kept in, and bases of half-precision models.
+_FLOAT32 = 4
+_ARCHITECTURES = files("safeopt") / "architectures"
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes for granted; all of it is printed with the figures.
+
+    Args:
+        tokens_per_step: tokens of one training step, over all devices.
+        tokens_per_example: tokens of a safety prompt with its refusal.
+        response_tokens: those of them that are the refusal.
+        examples: safety and held examples of one refresh.
+        window: examples that span the subspace.
+        interval: steps between two refreshes once the first ones are over.
+        side_rank: r of the compressed basis; it is chosen by energy, 128 is ample on SmolLM2-135M.
+    """
+
+    tokens_per_step: int = 16384
+    tokens_per_example: int = 64
+    response_tokens: int = 16
+    examples: int = SafetyConfig.examples + (SafetyConfig.examples + 1) // 2
+    window: int = SafetyConfig.window
+    interval: int = RefreshPolicy.every
+    side_rank: int = 128
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r}: expected a whole number, at least 1")
+
+
+@dataclass(frozen=True)
+class BasisPlan:
+    """One kind of basis.
+
+    Attributes:
+        nbytes: on each device.
+        step_share: its work at each step, as a share of the training step's: the coordinates of
+            the gradient and of the parameters, and the step back.
+    """
+
+    nbytes: int
+    step_share: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a protected run takes. Bytes are those of one device.
+
+    Attributes:
+        model: its name.
+        parameters: of the whole model.
+        trained: of them, or of the adapter, those that are trained and protected.
+        rank: directions k.
+        lora: rank of the adapter; None where all parameters are trained.
+        world_size: devices.
+        dtype: of the model's parameters.
+        parameter_bytes: the model's and the adapter's parameters.
+        gradient_bytes: gradients of the trained ones.
+        optimizer_bytes: AdamW's two moments.
+        bases: each kind of basis.
+        refresh_passes: forward and backward passes of one refresh.
+        refresh_tokens: tokens that go through them.
+        refresh_share: their share of the training time, in the long run; the linear algebra of
+            the new basis comes on top.
+        assumptions: behind the figures.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    rank: int
+    lora: int | None
+    world_size: int
+    dtype: str
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    bases: dict[str, BasisPlan]
+    refresh_passes: int
+    refresh_tokens: int
+    refresh_share: float
+    assumptions: Assumptions
+
+
+def architectures() -> list[str]:
+    """Names of the built-in architectures."""
+    names = (entry.name for entry in _ARCHITECTURES.iterdir())
+    return sorted(name[: -len(".json")] for name in names if name.endswith(".json"))
+
+
+def plan(
+    model: str,
+    rank: int = SafetyConfig.rank,
+    *,
+    lora: int | None = 8,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    assumptions: Assumptions | None = None,
+) -> Plan:
+    """Work out what a protected run takes; no weight is loaded.
+
+    Args:
+        model: one of `architectures`, a ``config.json`` or its folder, or a hub name, of which only
+            the configuration is fetched.
+        rank: directions of the safety subspace, at least 1.
+        lora: rank of an adapter where PEFT puts it by default, kept in float32; None trains all
+            parameters.
+        world_size: devices over which parameters, gradients, moments, and dense and int8 bases are
+            sharded (FSDP2). Factored and compressed bases are on every device.
+        dtype: of parameters and, without an adapter, their gradients and moments.
+        assumptions: see `Assumptions`.
+
+    Raises:
+        ValueError: if ``model`` is not found or is no causal language model, or a number is out of
+            its range.
+    """
+    assumed = Assumptions() if assumptions is None else assumptions
+    for name, value in (("rank", rank), ("lora", lora), ("world_size", world_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    config = load_config(model)
+    network = meta_model(config, model)
+    total = sum(p.numel() for p in network.parameters())
+    layers = _linear_layers(network)
+    if lora is None:
+        shapes = [p.shape for p in network.parameters()]
+        trained_layers = _sites(layers, assumed, set())
+        size, own = dtype.itemsize, 0
+    else:
+        targets = {name: x for name, (x, _) in layers.items() if _is_target(config, name)}
+        adapters = [(x.in_features, x.out_features) for x in targets.values()]
+        shapes = [s for a, b in adapters for s in (torch.Size((lora, a)), torch.Size((b, lora)))]
+        trained_layers = _sites(layers, assumed, set(targets), lora)
+        size, own = _FLOAT32, _FLOAT32 * sum(s.numel() for s in shapes)
+    trained = sum(shape.numel() for shape in shapes)
+    share = 1 / (3 * assumed.tokens_per_step * total)
+    direct = rank * trained
+    compressed, work = _compressed(shapes, rank, assumed.side_rank)
+    factored, passes = trained_layers
+    vectors = _FLOAT32 * assumed.window * sum(s.numel() for s in shapes if len(s) == 1)
+    bases = {
+        "dense": BasisPlan(_FLOAT32 * direct // world_size, 3 * direct * share),
+        "int8": BasisPlan(direct * 17 // 16 // world_size, 3 * direct * share),
+        "factored": BasisPlan(factored * dtype.itemsize + vectors, 3 * passes * share),
+        "compressed": BasisPlan(_FLOAT32 * compressed, 3 * work * share),
+    }
+    tokens = assumed.examples * assumed.tokens_per_example
+    return Plan(
+        model=model,
+        parameters=total,
+        trained=trained,
+        rank=rank,
+        lora=lora,
+        world_size=world_size,
+        dtype=str(dtype).removeprefix("torch."),
+        parameter_bytes=(total * dtype.itemsize + own) // world_size,
+        gradient_bytes=trained * size // world_size,
+        optimizer_bytes=2 * trained * size // world_size,
+        bases=bases,
+        refresh_passes=2,
+        refresh_tokens=tokens,
+        refresh_share=tokens / (tokens + assumed.interval * assumed.tokens_per_step),
+        assumptions=assumed,
+    )
+
+
+def load_config(model: str) -> Any:
+    """The configuration that a name, a file or a folder stands for.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model)
+    built_in = _ARCHITECTURES / f"{model}.json"
+    try:
+        if model in architectures():
+            return AutoConfig.for_model(**json.loads(built_in.read_text("utf-8")))
+        if path.is_file():
+            return AutoConfig.for_model(**json.loads(path.read_text("utf-8")))
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"model={model}: expected one of {', '.join(architectures())}, a config.json, its "
+            f"folder or a hub name ({lines[0] if lines else type(error).__name__})"
+        ) from error
+
+
+def meta_model(config: Any, name: str) -> nn.Module:
+    """The model of a configuration without its weights.
+
+    Raises:
+        ValueError: if it is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            network: nn.Module = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"model={name}: {str(error).strip().splitlines()[0]}") from error
+    return network.eval()
+
+
+def _linear_layers(network: nn.Module) -> dict[str, tuple[nn.Linear, int]]:
+    """Linear layers by name, each with a number that layers with the same input share.
+
+    Where the model does not run without weights, each layer counts as one with its own input.
+    """
+    names = {x: name for name, x in network.named_modules() if isinstance(x, nn.Linear)}
+    found = {name: (layer, -number) for number, (layer, name) in enumerate(names.items(), start=1)}
+    inputs: list[torch.Tensor] = []  # kept, so that no two of them have the same identity
+
+    def note(layer: nn.Linear, args: Any) -> None:
+        inputs.append(args[0])
+        found[names[layer]] = (layer, id(args[0]))
+
+    handles = [layer.register_forward_pre_hook(note) for layer in names]
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    # A mask that is ready: to make one, transformers looks at values, which a meta tensor lacks.
+    mask = torch.zeros(1, 1, 2, 2, device="meta")
+    try:
+        with torch.no_grad():
+            network(input_ids=ids, attention_mask=mask, use_cache=False)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        logger.info("the model does not run on the meta device: %s", error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _is_target(config: Any, name: str) -> bool:
+    """Whether an adapter goes there: PEFT's default, or all layers of models it does not know."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    suffix = name.rsplit(".", 1)[-1]
+    targets = KNOWN.get(config.model_type)
+    return suffix != "lm_head" if targets is None else suffix in targets
+
+
+def _sites(
+    layers: dict[str, tuple[nn.Linear, int]],
+    assumed: Assumptions,
+    targets: set[str],
+    lora: int | None = None,
+) -> tuple[int, int]:
+    """Numbers that the factored basis keeps, and its multiplications for one pass."""
+    tokens = assumed.window * assumed.tokens_per_example
+    responses = assumed.window * assumed.response_tokens
+    seen: set[int] = set()
+    numbers = work = 0
+    for name, (layer, source) in layers.items():
+        if lora is not None and name not in targets:
+            continue
+        count = responses if name.endswith("lm_head") else tokens
+        a, b = layer.in_features, layer.out_features
+        numbers += 0 if source in seen else count * a
+        seen.add(source)
+        if lora is None:
+            numbers, work = numbers + count * b, work + count * a * b
+        else:  # the adapter's first factor writes r numbers and its second one reads them
+            numbers, work = numbers + count * (2 * lora + b), work + count * lora * (a + b)
+        if lora is None and name.endswith("lm_head"):
+            numbers += tokens * a  # the embedding: a gradient for each token read
+    return numbers, work
+
+
+def _compressed(shapes: list[torch.Size], rank: int, side: int) -> tuple[int, int]:
+    """Numbers that the compressed basis keeps, and its multiplications for one pass."""
+    numbers = work = 0
+    for shape in shapes:
+        if len(shape) == 2 and min(shape) > SMALL:
+            r_b, r_a = (min(side, size) for size in shape)
+            numbers += r_b * shape[0] + r_a * shape[1] + rank * r_b * r_a
+            work += min(r_b, r_a) * shape.numel() + r_b * r_a * (min(shape) + rank)
+        else:
+            numbers, work = numbers + rank * shape.numel(), work + rank * shape.numel()
+    return numbers, work

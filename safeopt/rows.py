@@ -1,0 +1,126 @@
+"""Gradients of m examples as rows, and their inner products.
+
+Everything that is estimated from per-example gradients needs only what `GradientRows` names: how
+the rows multiply, and one parameter's part of them at a time. `DenseRows` keeps them as they are;
+`safeopt.factored.FactoredRows` keeps what they are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Columns multiplied in the rows' own dtype; the products of these chunks are summed in float64.
+_CHUNK = 1 << 14
+
+
+class GradientRows(Protocol):
+    """Gradients g_1, …, g_m over all protected parameters."""
+
+    def __len__(self) -> int:
+        """Number of rows m."""
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """For each parameter the dtype of its part: float32 or float64."""
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shapes of the parameters."""
+
+    def products(self) -> Tensor:
+        """The Gram matrix ⟨g_i, g_j⟩, shape ``(m, m)``, float64."""
+
+    def block(self, index: int) -> Tensor:
+        """The part of parameter ``index``, shape ``(m, *p.shape)``."""
+
+    def noise(self, generator: torch.Generator) -> GradientRows:
+        """Random rows of the same storage; not of the same lengths."""
+
+    def scaled(self, factors: Tensor) -> GradientRows:
+        """The rows times ``factors (m,)``."""
+
+
+class DenseRows:
+    """Rows as they are.
+
+    Args:
+        blocks: one tensor for each parameter, shape ``(m, *p.shape)``, float32 or float64.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self.blocks = list(blocks)
+
+    def __len__(self) -> int:
+        """Number of rows m."""
+        return len(self.blocks[0])
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """For each parameter the dtype of its part."""
+        return [block.dtype for block in self.blocks]
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shapes of the parameters."""
+        return [block.shape[1:] for block in self.blocks]
+
+    def products(self) -> Tensor:
+        """The Gram matrix, shape ``(m, m)``, float64: m²·n operations."""
+        return inner_products(self.blocks, self.blocks)
+
+    def block(self, index: int) -> Tensor:
+        """The part of parameter ``index``, shape ``(m, *p.shape)``."""
+        return self.blocks[index]
+
+    def noise(self, generator: torch.Generator) -> DenseRows:
+        """Standard normal rows."""
+        return DenseRows([torch.randn(b.shape, generator=generator).to(b) for b in self.blocks])
+
+    def scaled(self, factors: Tensor) -> DenseRows:
+        """The rows times ``factors (m,)``."""
+        return DenseRows([b * factors.to(b).view(-1, *[1] * (b.dim() - 1)) for b in self.blocks])
+
+
+def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Inner products of rows, summed over the parameters.
+
+    Args:
+        left: one tensor for each parameter, shape ``(m, *p.shape)``.
+        right: likewise, shape ``(l, *p.shape)``.
+
+    Returns:
+        Shape ``(m, l)``, float64.
+    """
+    device = left[0].device
+    total = torch.zeros(left[0].shape[0], right[0].shape[0], dtype=torch.float64, device=device)
+    for a, b in zip(left, right, strict=True):
+        if a.numel() and b.numel():
+            total += flat_products(a.flatten(1), b.flatten(1)).to(device)
+    return total
+
+
+def flat_products(left: Tensor, right: Tensor) -> Tensor:
+    """left·rightᵀ of ``(m, n)`` and ``(l, n)`` in float64.
+
+    float32 alone loses three digits over ten million columns.
+    """
+    whole = left.shape[1] // _CHUNK * _CHUNK
+    total = (left[:, whole:] @ right[:, whole:].T).to(torch.float64)
+    if whole:
+        a, b = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (left, right))
+        total += (a @ b.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return total
+
+
+def mixed(weights: Tensor, block: Tensor) -> Tensor:
+    """Linear combinations of rows: ``weights (k, m)`` times ``block (m, *shape)``."""
+    return (weights.to(block) @ block.flatten(1)).view(weights.shape[0], *block.shape[1:])
+
+
+def row_dtype(p: Tensor) -> torch.dtype:
+    """The dtype in which gradients and bases of a parameter are kept: float32, or float64."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

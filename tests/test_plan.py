@@ -1,0 +1,149 @@
+"""`safeopt plan`: parameter counts against known totals, bytes against real objects."""
+
+import json
+
+import pytest
+import torch
+import typer
+from test_factored import factored
+from tiny_models import safety_batch, tiny_llama, trainable, with_lora
+from typer.testing import CliRunner
+
+from safeopt.curvature.bases import empty_basis
+from safeopt.curvature.solvers import gram
+from safeopt.plan import Assumptions, architectures, load_config, meta_model, plan
+from safeopt.plan_command import plan_command
+
+# Published totals: each weight once, also where the output layer shares the embedding.
+TOTALS = {
+    "llama-2-7b": 6_738_415_616,
+    "falcon-40b": 41_303_293_952,
+    "mistral-7b": 7_241_732_096,
+    "qwen3-1.7b": 1_720_574_976,
+    "llama-3.2-3b": 3_212_749_824,
+}
+
+
+def test_the_table_is_complete():
+    assert architectures() == sorted(TOTALS)
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_parameter_counts(name):
+    network = meta_model(load_config(name), name)
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    full = plan(name, 32, lora=None)
+    assert full.parameters == full.trained == TOTALS[name]
+    assert full.parameters == sum(p.numel() for p in network.parameters())
+    assert full.parameter_bytes == full.gradient_bytes == 2 * TOTALS[name]
+    assert full.optimizer_bytes == 4 * TOTALS[name]
+    assert full.bases["dense"].nbytes == 32 * 4 * TOTALS[name]
+
+
+def test_adapters_of_llama_2():
+    """PEFT's default: q and v, 32 layers, r(d_in + d_out) each; in float32."""
+    figures = plan("llama-2-7b", 32, lora=8)
+    assert figures.trained == 32 * 2 * 8 * (4096 + 4096)
+    assert figures.optimizer_bytes == 2 * figures.gradient_bytes == 8 * figures.trained
+    assert figures.parameter_bytes == 2 * TOTALS["llama-2-7b"] + 4 * figures.trained
+    assert figures.bases["dense"].nbytes == 32 * 4 * figures.trained
+
+
+def test_full_protection_of_a_7b_model_fits():
+    """The case for the factored and compressed kinds: 0.9 TB dense, a few GB so."""
+    bases = plan("llama-2-7b", 32, lora=None).bases
+    assert bases["dense"].nbytes > 8e11
+    assert bases["factored"].nbytes < bases["dense"].nbytes / 50
+    assert bases["compressed"].nbytes < bases["dense"].nbytes / 50
+    assert bases["compressed"].step_share < 0.05 < bases["factored"].step_share
+
+
+def small(tmp_path, model):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_bytes_equal_those_of_real_bases(tmp_path, lora):
+    """Four examples of 9 tokens; the last token of each predicts nothing and is not kept."""
+    model = tiny_llama(hidden=48, tied=True)
+    name = small(tmp_path, model)
+    if lora:
+        model = with_lora(model, rank=lora)
+    rows = factored(model, safety_batch((6,) * 4, (3,) * 4))[1]
+    params = trainable(model)
+    assumed = Assumptions(tokens_per_example=8, response_tokens=3, window=4, side_rank=48)
+    figures = plan(name, 4, lora=lora, dtype=torch.float32, assumptions=assumed)
+    assert figures.trained == sum(p.numel() for p in params)
+    real = {}
+    for kind in figures.bases:
+        empty = empty_basis(kind, params)
+        none = torch.zeros(0, 0, dtype=torch.float64)
+        real[kind] = gram(empty.window(none, rows), 4, torch.float32)[1].nbytes
+    assert figures.bases["dense"].nbytes == real["dense"]
+    assert figures.bases["int8"].nbytes == pytest.approx(real["int8"], rel=0.05)
+    # In the last layer most tokens have no gradient; energy, not r, bounds the other kind's ranks.
+    assert 0.7 * figures.bases["factored"].nbytes < real["factored"]
+    for kind in ("factored", "compressed"):
+        assert real[kind] <= figures.bases[kind].nbytes
+
+
+def test_shares_and_devices(tmp_path):
+    name = small(tmp_path, tiny_llama())
+    one, eight = (plan(name, 4, lora=None, world_size=size) for size in (1, 8))
+    for field in ("parameter_bytes", "gradient_bytes", "optimizer_bytes"):
+        assert getattr(eight, field) == getattr(one, field) // 8
+    assert eight.bases["dense"].nbytes == one.bases["dense"].nbytes // 8
+    assert eight.bases["compressed"].nbytes == one.bases["compressed"].nbytes
+    assumed = Assumptions(
+        tokens_per_step=100, tokens_per_example=10, response_tokens=2, interval=3, examples=6
+    )
+    figures = plan(name, 4, lora=None, assumptions=assumed)
+    assert figures.refresh_tokens == 60
+    assert figures.refresh_share == pytest.approx(60 / 360)
+    # Three passes over k numbers a parameter, against three over each token and parameter.
+    assert figures.bases["dense"].step_share == pytest.approx(4 / 100)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="rank=0: expected at least 1"):
+        plan("llama-2-7b", 0)
+    with pytest.raises(ValueError, match="world_size=0"):
+        plan("llama-2-7b", world_size=0)
+    with pytest.raises(ValueError, match="interval=0"):
+        Assumptions(interval=0)
+
+
+def test_files_that_are_no_causal_model_are_refused(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"hidden_size": 8}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config.json: expected one of falcon-40b, .*, a config"):
+        plan(str(file))
+    file.write_text('{"model_type": "vit"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model=.*[Vv]i[Tt]"):
+        plan(str(file))
+
+
+def test_the_command_prints_every_figure():
+    app = typer.Typer()
+    app.command("plan")(plan_command)
+    result = CliRunner().invoke(
+        app, ["--model", "qwen3-1.7b", "--rank", "16", "--full", "--world-size", "2"],
+        env={"COLUMNS": "120"},
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "qwen3-1.7b: all parameters, k=16, on each of 2 devices" in result.output
+    for word in (
+        "1,720.6 M",
+        "basis: dense",
+        "int8",
+        "factored",
+        "compressed",
+        "A refresh: 2 passes",
+    ):
+        assert word in result.output
+    assert "16,384 tokens a step" in result.output
+    result = CliRunner().invoke(app, ["--model", "qwen3-1.7b", "--rank", "0"])
+    assert result.exit_code == 2
+    assert "rank=0: expected at least 1" in result.output
