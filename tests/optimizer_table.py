@@ -1,36 +1,105 @@
-"""Every protected optimizer in one table, and the runs that its tests are made of."""
+"""Every protected optimizer in one table, and the runs that its tests are made of.
+
+A new optimizer is one line of `OPTIMIZERS`; all tests that take ``@names`` then run on it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
 import torch
 from tiny_models import safety_batch, task_step, tiny_llama, trainable
+from torch.optim import SGD, AdamW, Optimizer
 
-from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, safeguard
+from safeopt import (
+    PreconditionedSGD,
+    ProjectedAdamW,
+    RefreshPolicy,
+    SafetyProbe,
+    SafetySAM,
+    safeguard,
+)
 
 NEVER = RefreshPolicy.fixed(10**6)
 
 
-def _projected(params, lr, options):
-    options = dict(options)
-    if "restore" in options:
-        options["restore_alignment"] = options.pop("restore")
-    return ProjectedAdamW(params, lr=lr, **options)
+@dataclass(frozen=True)
+class OptimizerCase:
+    """One line of the table.
+
+    Attributes:
+        protected: build(params, lr, options) with the fields of `SafetyConfig` as options.
+        plain: build(params, lr), the same optimizer without protection.
+        supports: what it can do beyond the base: "copy" (deepcopy and pickle), "policy"
+            (``on_refresh_error``), "spread" (its step spreads over parameters without a gradient).
+        inputs: options of its own that are valid, one dict for each case.
+        wrong: options of its own that are not, with the error and its message.
+    """
+
+    protected: Callable[..., Optimizer]
+    plain: Callable[..., Optimizer]
+    supports: frozenset[str] = frozenset()
+    inputs: tuple[dict, ...] = ({},)
+    wrong: tuple[tuple[dict, type[Exception], str], ...] = ()
 
 
-# name: (build(params, lr, options), the same optimizer without protection)
+def _ours(cls, params, lr, options, *, renamed=None, **fixed):
+    """An optimizer of this package, whose class names some fields of `SafetyConfig` otherwise."""
+    names = {"restore": "restore_alignment", **(renamed or {})}
+    return cls(params, lr=lr, **fixed, **{names.get(k, k): v for k, v in options.items()})
+
+
+def _guarded(cls, params, lr, options, **fixed):
+    return safeguard(cls(params, lr=lr, **fixed), **options)
+
+
+def _plain(cls, params, lr, **fixed):
+    return cls(params, lr=lr, **fixed)
+
+
+_SGD = {"momentum": 0.9}
+_NOT_SUPPORTED = tuple(
+    ({name: True}, ValueError, f"{name}=True") for name in ("capturable", "differentiable")
+)
+_ALL = frozenset({"copy", "policy"})
+
 OPTIMIZERS = {
-    "ProjectedAdamW": (_projected, lambda params, lr: torch.optim.AdamW(params, lr=lr)),
-    "safeguard(AdamW)": (
-        lambda params, lr, options: safeguard(torch.optim.AdamW(params, lr=lr), **options),
-        lambda params, lr: torch.optim.AdamW(params, lr=lr),
+    "ProjectedAdamW": OptimizerCase(
+        partial(_ours, ProjectedAdamW),
+        partial(_plain, AdamW),
+        _ALL,
+        ({"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}),
+        _NOT_SUPPORTED,
     ),
-    "safeguard(SGD)": (
-        lambda params, lr, options: safeguard(
-            torch.optim.SGD(params, lr=lr, momentum=0.9), **options
-        ),
-        lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "safeguard(AdamW)": OptimizerCase(
+        partial(_guarded, AdamW),
+        partial(_plain, AdamW),
+        _ALL,
+        wrong=(({"ranks": 3}, TypeError, "options: ranks is unknown; expected some of: rank"),),
     ),
-}
+    "safeguard(SGD)": OptimizerCase(
+        partial(_guarded, SGD, **_SGD), partial(_plain, SGD, **_SGD), _ALL
+    ),
+    "PreconditionedSGD": OptimizerCase(
+        partial(_ours, PreconditionedSGD, **_SGD), partial(_plain, SGD, **_SGD),
+        frozenset({"spread"}), ({"foreach": True}, {"foreach": False}),
+        (*_NOT_SUPPORTED[1:], ({"tau": 0.0}, ValueError, r"tau=0\.0")),
+    ),
+    "SafetySAM": OptimizerCase(
+        partial(_ours, SafetySAM, renamed={"mode": "protection"}, rho=0.0), partial(_plain, AdamW),
+        wrong=(({"beta": 1.0}, ValueError, r"beta=1\.0"),),
+    ),
+}  # fmt: skip
+names = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def supporting(feature):
+    """The optimizers that support ``feature``."""
+    chosen = [name for name, case in OPTIMIZERS.items() if feature in case.supports]
+    return pytest.mark.parametrize("name", chosen)
 
 
 def probe_of(model, *, held=False, **options):
@@ -43,7 +112,7 @@ def build(name, *, model=None, lr=1e-2, held=False, params=None, **options):
     """A model and its protected optimizer."""
     model = tiny_llama(layers=1) if model is None else model
     options = {"probe": probe_of(model, held=held), "rank": 8, **options}
-    return model, OPTIMIZERS[name][0](params or trainable(model), lr, options)
+    return model, OPTIMIZERS[name].protected(params or trainable(model), lr, options)
 
 
 def run(model, optimizer, steps, start=0):

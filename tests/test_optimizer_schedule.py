@@ -214,7 +214,7 @@ def test_skipped_steps_of_a_gradient_scaler_do_not_count(name):
 WRONG = [
     ({"rank": 0}, ValueError, "rank=0: the safety subspace needs at least one direction"),
     ({"rank": 2.5}, ValueError, r"rank=2\.5"),
-    ({"mode": "hard"}, ValueError, 'mode="hard": expected one of "project"'),
+    ({"mode": "hard"}, ValueError, '="hard": expected one of "project"'),
     ({"damping": -1}, ValueError, "damping=-1"),
     ({"damping": math.nan}, ValueError, "damping=nan"),
     ({"damping": math.inf}, ValueError, "damping=inf"),
@@ -269,11 +269,26 @@ def test_parameters_that_cannot_be_protected(name):
         optimizer.step()
 
 
-@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_copies_of_the_optimizer_are_refused(copied):
-    _, optimizer = build("ProjectedAdamW")
-    with pytest.raises(TypeError, match=r"cannot be pickled or copied.*state_dict"):
-        copied(optimizer)
+@names
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_model_and_optimizer_trains_alike(name, copied):
+    """Both together: the copy is protected by a probe of its own model."""
+    model, optimizer = build(name, refresh=RefreshPolicy.fixed(2))
+    run(model, optimizer, 3)
+    if name in ("SafetySAM", "PreconditionedSGD"):
+        with pytest.raises(TypeError, match=f"{name} cannot be pickled or copied.*state_dict"):
+            copied((model, optimizer))
+        return
+    again, fresh = copied((model, optimizer))
+    assert fresh.safety.probe.model is again
+    before = copies(model.parameters())
+    run(again, fresh, 3, start=3)
+    assert equal(model.parameters(), before)
+    run(model, optimizer, 3, start=3)
+    assert equal(model.parameters(), again.parameters())
+    assert fresh.safety.history == optimizer.safety.history
 
 
 def test_defaults_are_the_same_everywhere():

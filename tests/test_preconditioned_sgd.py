@@ -391,6 +391,6 @@ def test_sparse_gradients_are_refused():
     for p in model.weights:
         p.grad = torch.ones_like(p)
     model.weights[-1].grad = torch.ones_like(model.weights[-1]).to_sparse()
-    with pytest.raises(TypeError, match="support sparse gradients"):
+    with pytest.raises(TypeError, match="sparse gradients cannot be protected"):
         optimizer.step()
     assert equal(model.parameters(), before)

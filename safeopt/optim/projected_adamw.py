@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.config import Curvature, Mode, SafetyConfig
 from safeopt.optim.geometry import Measurement, SafetyGeometry
-from safeopt.optim.protection import attach, restore
+from safeopt.optim.protection import OnRefreshError, attach, restore
 from safeopt.probe import SafetyProbe
 
 
@@ -29,7 +28,8 @@ class ProjectedAdamW(torch.optim.AdamW):
                               θ_r ← θ
 
     Everything happens in ``step()``; no closure is needed. Call `restore` before you save a model
-    outside of a Trainer that uses `safeopt.integrations.transformers.SafetyCallback`.
+    outside of a Trainer that uses `safeopt.integrations.transformers.SafetyCallback`. Copy or
+    pickle it together with its model, ``copy.deepcopy((model, optimizer))``.
 
     Args:
         params: parameters, or groups of them. A group with ``protect=False`` is trained by plain
@@ -51,7 +51,10 @@ class ProjectedAdamW(torch.optim.AdamW):
         restore_alignment: restore where the budget is exceeded.
         trial_examples: safety examples kept apart for the line search.
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
+        basis: how U is stored.
         seed: of the order of the safety examples.
+        on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
+            or a gradient fails, see `safeopt.optim.protection`.
         maximize: as in AdamW; the alignment loss is kept low all the same.
         foreach: as in AdamW.
         capturable: not supported: reading k coordinates needs the values on the host.
@@ -62,8 +65,11 @@ class ProjectedAdamW(torch.optim.AdamW):
         safety: the `SafetyGeometry`: history, measured, predicted, coupling, passes.
 
     Raises:
-        ValueError: if an argument is out of its range.
-        TypeError: if ``probe`` is not a `SafetyProbe`.
+        ValueError: if an argument is out of its range; in ``step``, if protected parameters were
+            added or frozen after the first step.
+        TypeError: if ``probe`` is not a `SafetyProbe`; for complex or sparse parameters, and in
+            ``step`` for sparse gradients.
+        FloatingPointError: in ``step``, if a gradient is not finite, before anything has changed.
 
     Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
     ``examples`` short prompts (and as many held ones, if the probe has them). Memory: k
@@ -94,7 +100,9 @@ class ProjectedAdamW(torch.optim.AdamW):
         restore_alignment: bool = SafetyConfig.restore,
         trial_examples: int = SafetyConfig.trial_examples,
         curvature: Curvature = SafetyConfig.curvature,
+        basis: Storage = SafetyConfig.basis,
         seed: int = SafetyConfig.seed,
+        on_refresh_error: OnRefreshError = "raise",
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -118,6 +126,7 @@ class ProjectedAdamW(torch.optim.AdamW):
                 restore=restore_alignment,
                 trial_examples=trial_examples,
                 curvature=curvature,
+                basis=basis,
                 seed=seed,
             ),
         )
@@ -133,7 +142,7 @@ class ProjectedAdamW(torch.optim.AdamW):
             fused=fused,
         )
         self.safety = geometry
-        attach(self, geometry)
+        attach(self, geometry, on_refresh_error)
 
     def restore(self) -> Measurement:
         """Measure the alignment loss now and restore it where it exceeds the budget.
@@ -143,9 +152,3 @@ class ProjectedAdamW(torch.optim.AdamW):
             search; nothing if no step was taken since the last refresh.
         """
         return restore(self, self.safety)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "ProjectedAdamW cannot be pickled or copied: it holds its model through the probe. "
-            "Save state_dict(), and load it into a new optimizer"
-        )

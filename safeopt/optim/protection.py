@@ -2,20 +2,46 @@
 
 Nothing is wrapped: the optimizer keeps its class, its ``param_groups`` and its state, so
 schedulers, `GradScaler`, Accelerate and checkpointing treat it as before. The geometry's state
-travels in the optimizer's ``state_dict`` under the key ``"safety"``.
+travels in the optimizer's ``state_dict`` under the key ``"safety"``. The hooks, unlike a user's,
+are also kept when the optimizer is copied or pickled: an optimizer that looks protected is.
+
+**What is a step.** One that moves protected parameters. A step without any gradient, with every
+protected learning rate zero, or one that a gradient scaler skips moves nothing, is not counted and
+refreshes nothing.
+
+**When something goes wrong** (``on_refresh_error``):
+
+====================================  ===========================================================
+in the first estimate                 raises, whatever the policy: nothing has been trained, and
+                                      the aligned model cannot be measured later
+task gradient not finite              ``"raise"``: FloatingPointError, before anything has changed
+                                      ``"warn"``: the base optimizer's step alone, not counted
+anything after the base optimizer's   ``"raise"``: the exception itself, at the state after this
+step: a refresh, restoring            step without its refresh; training can go on from there
+                                      ``"warn"``: the same state, one warning, no exception
+====================================  ===========================================================
+
+A refresh that failed is tried again after the next step.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.schedule_free import at_average
 from safeopt.optim.state import check_state, load_state, pack_state
 
+OnRefreshError = Literal["raise", "warn"]
 _KEY = "safety"
 
 
@@ -23,8 +49,7 @@ def protected_parameters(optimizer: Optimizer) -> list[Tensor]:
     """Parameters of all groups that are trained and not exempted by ``protect=False``.
 
     Raises:
-        TypeError: for complex parameters.
-        ValueError: if none is left, or one does not belong to the probe's model.
+        ValueError: if none is left.
     """
     params = [
         p
@@ -33,63 +58,48 @@ def protected_parameters(optimizer: Optimizer) -> list[Tensor]:
         for p in group["params"]
         if p.requires_grad
     ]
-    for p in params:
-        if p.is_complex():
-            raise TypeError("params: complex parameters cannot be protected; use protect=False")
     if not params:
         raise ValueError("params: no parameter is left to protect; all are frozen or protect=False")
     return params
 
 
-def attach(optimizer: Optimizer, geometry: SafetyGeometry) -> None:
+def attach(
+    optimizer: Optimizer, geometry: SafetyGeometry, on_refresh_error: OnRefreshError = "raise"
+) -> None:
     """Protect ``optimizer``'s parameters from now on.
 
     Before its first step the safety subspace is estimated at the aligned model; after each step the
-    parameters are mapped back. A step without any gradient, or with every learning rate zero, is
-    left alone: it moves nothing and is not counted.
+    parameters are mapped back.
+
+    Args:
+        optimizer: any torch optimizer; it gets the attribute ``safety``.
+        geometry: its own, used by no other optimizer.
+        on_refresh_error: see the module.
+
+    Raises:
+        ValueError: if ``on_refresh_error`` is unknown, or a group is ``capturable`` or
+            ``differentiable``.
+        TypeError: for complex or sparse parameters.
     """
-    if not geometry.active:
-        return
-
-    def idle(instance: Optimizer) -> bool:
-        params = protected_parameters(instance)
-        return all(p.grad is None for p in params) or not _learning_rate(instance) > 0
-
-    def before(instance: Optimizer, args: Any, kwargs: Any) -> None:
-        given = args[1:] or (kwargs.get("closure"),)  # args starts with the optimizer itself
-        has_closure = given[0] is not None
-        if not idle(instance) or (has_closure and _learning_rate(instance) > 0):
-            geometry.before_step(protected_parameters(instance))
-
-    def after(instance: Optimizer, args: Any, kwargs: Any) -> None:
-        if not idle(instance):
-            geometry.after_step(protected_parameters(instance), _learning_rate(instance))
-
-    def save(instance: Optimizer, state: dict[str, Any]) -> None:
-        state[_KEY] = pack_state(geometry)
-
-    pending: dict[str, Any] = {}
-
-    def check(instance: Optimizer, state: dict[str, Any]) -> None:
-        pending.clear()
-        if _KEY not in state:
-            raise ValueError(
-                'state_dict: it has no "safety" entry; it was saved by an unprotected optimizer, '
-                "and the alignment loss before fine-tuning is not known. Start from the aligned "
-                "model, or from a checkpoint of a protected run"
-            )
-        check_state(state[_KEY], protected_parameters(instance), geometry.held_count)
-        pending.update(state[_KEY])
-
-    def load(instance: Optimizer) -> None:
-        load_state(geometry, pending, protected_parameters(instance))
-        pending.clear()
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
-    optimizer.register_state_dict_post_hook(save)
-    optimizer.register_load_state_dict_pre_hook(check)
-    optimizer.register_load_state_dict_post_hook(load)
+    if on_refresh_error not in get_args(OnRefreshError):
+        raise ValueError(f'on_refresh_error="{on_refresh_error}": expected one of "raise", "warn"')
+    optimizer.safety = geometry  # type: ignore[attr-defined]
+    hooks: dict[str, Callable[..., Any]] = {}
+    if geometry.active:
+        _check_groups(optimizer)
+        protection = _Protection(geometry, on_refresh_error)
+        hooks = {
+            "_optimizer_step_pre_hooks": protection.before,
+            "_optimizer_step_post_hooks": protection.after,
+            "_optimizer_state_dict_post_hooks": protection.save,
+            "_optimizer_load_state_dict_pre_hooks": protection.check,
+            "_optimizer_load_state_dict_post_hooks": protection.load,
+        }
+    # torch numbers hooks anew in every process: a name cannot be taken over by another hook.
+    for registry, hook in hooks.items():
+        getattr(optimizer, registry)[_KEY] = hook
+    # Found on the instance by copy and pickle, so that the optimizer keeps its class.
+    optimizer.__getstate__ = partial(_whole_state, optimizer, tuple(hooks))  # type: ignore[method-assign]
 
 
 def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
@@ -97,10 +107,183 @@ def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
 
     Call it before a checkpoint is saved and at the end of training.
     """
-    return geometry.restore(protected_parameters(optimizer))
+    params = protected_parameters(optimizer)
+    with at_average(optimizer, params, geometry):
+        return geometry.restore(params)
+
+
+class _Protection:
+    """The hooks that tie one geometry to one optimizer; they refer to no optimizer themselves."""
+
+    def __init__(self, geometry: SafetyGeometry, on_refresh_error: OnRefreshError) -> None:
+        self._geometry = geometry
+        self._policy = on_refresh_error
+        self._spanned: list[Tensor] = []  # the parameters that the subspace was estimated on
+        self._protects = False  # whether the present step is protected
+        self._checked: Mapping[str, Any] = {}  # a state between the two hooks of loading
+
+    @_disable_dynamo
+    def before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Make the first estimate; refuse what cannot be protected before anything has moved."""
+        self._protects = False
+        _check_groups(optimizer)
+        params = protected_parameters(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
+        unmoved = closure is None and all(p.grad is None for p in params)
+        if unmoved or not _learning_rate(optimizer) > 0 or _skipped_by_scaler(optimizer):
+            return None
+        self._check_span(params)
+        if closure is None and not self._accepts(params):
+            return None
+        self._geometry.before_step(params)
+        self._spanned = params
+        self._protects = True
+        if closure is None:
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._protects = self._accepts(params)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], evaluate, *args[2:]), kwargs
+        return args, {**kwargs, "closure": evaluate}
+
+    @_disable_dynamo
+    def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Map the parameters back and refresh the subspace where it is time."""
+        params = self._spanned
+        if not self._protects or all(p.grad is None for p in params):
+            return
+        try:
+            with at_average(optimizer, params, self._geometry):
+                self._geometry.after_step(params, _learning_rate(optimizer))
+        except Exception as error:
+            self._report(error)
+
+    def save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Add the geometry to a state."""
+        state[_KEY] = pack_state(self._geometry)
+
+    def check(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Refuse a state that does not fit, before anything has changed."""
+        if _KEY not in state:
+            raise ValueError(
+                'state_dict: it has no "safety" entry; it was saved by an unprotected optimizer, '
+                "and the alignment loss before fine-tuning is not known. Start from the aligned "
+                "model, or from a checkpoint of a protected run"
+            )
+        check_state(state[_KEY], protected_parameters(optimizer), self._geometry.held_count)
+        self._checked = state[_KEY]
+
+    def load(self, optimizer: Optimizer) -> None:
+        """Continue from the checked state."""
+        params = protected_parameters(optimizer)
+        load_state(self._geometry, self._checked, params)
+        self._spanned = params if self._geometry.subspace is not None else []
+        self._checked = {}
+
+    def _check_span(self, params: Sequence[Tensor]) -> None:
+        """Refuse other parameters than those that the subspace was estimated on."""
+        if not self._spanned or self._geometry.subspace is None:
+            return
+        known, given = ({id(p) for p in x} for x in (self._spanned, params))
+        if known != given:
+            raise ValueError(
+                f"params: {len(given - known)} protected parameters were added and "
+                f"{len(known - given)} removed or frozen since the safety subspace was first "
+                "estimated, and what the aligned model's loss does along new ones is not known. "
+                "Add groups with protect=False, or give the optimizer all protected parameters, "
+                "trainable, before its first step"
+            )
+
+    def _accepts(self, params: Sequence[Tensor]) -> bool:
+        """Whether the step with these gradients can be protected.
+
+        Raises:
+            TypeError: for sparse gradients.
+            FloatingPointError: if one is not finite and the policy is to raise.
+        """
+        gradients = [p.grad for p in params if p.grad is not None]
+        if any(g.layout != torch.strided for g in gradients):
+            raise TypeError(
+                "params: sparse gradients cannot be protected; use protect=False, or layers with "
+                "sparse=False"
+            )
+        if _all_finite(gradients):
+            return True
+        self._report(
+            FloatingPointError(
+                "the task gradient is not finite, and the step has not been taken; skip such "
+                "batches, or lower the learning rate"
+            )
+        )
+        return False
+
+    def _report(self, error: Exception) -> None:
+        if self._policy == "raise":
+            raise error
+        warnings.warn(
+            "safeopt: this step is not protected, or its refresh is postponed "
+            f"({type(error).__name__}: {error})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _whole_state(optimizer: Optimizer, registries: Sequence[str]) -> dict[str, Any]:
+    """What copies and pickles carry: torch's part, the geometry and its hooks.
+
+    The geometry holds the model through its probe. Copied or pickled together, model and optimizer
+    belong together again; an optimizer copied alone brings a copy of its model,
+    ``safety.probe.model``, as torch's brings copies of its parameters.
+    """
+    state = dict(type(optimizer).__getstate__(optimizer))
+    for name in ("safety", "restore", "__getstate__"):
+        if name in vars(optimizer):
+            state[name] = vars(optimizer)[name]
+    for registry in registries:
+        state[registry] = OrderedDict({_KEY: getattr(optimizer, registry)[_KEY]})
+    return state
+
+
+def _check_groups(optimizer: Optimizer) -> None:
+    """Refuse protected groups with options or parameters that cannot be protected."""
+    for group in optimizer.param_groups:
+        if not group.get("protect", True):
+            continue
+        for name in ("capturable", "differentiable"):
+            if group.get(name):
+                raise ValueError(
+                    f"{name}=True: a protected step reads k numbers on the host and cannot be "
+                    "captured or differentiated; leave it False, or use protect=False"
+                )
+        trained = [p for p in group["params"] if p.requires_grad]
+        if any(p.is_complex() or p.layout != torch.strided for p in trained):
+            raise TypeError(
+                "params: complex and sparse parameters cannot be protected; use protect=False"
+            )
 
 
 def _learning_rate(optimizer: Optimizer) -> float:
     """The largest learning rate of the protected groups."""
     rates = [group["lr"] for group in optimizer.param_groups if group.get("protect", True)]
-    return max(float(rate) if isinstance(rate, torch.Tensor) else rate for rate in rates)
+    return max(float(rate) for rate in rates)
+
+
+def _skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Whether a fused step under a `GradScaler` will find an overflow and move nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers are finite; reads each once."""
+    filled = [t.detach() for t in tensors if t.numel()]
+    if not filled:
+        return True
+    norms = torch._foreach_norm(filled, torch.inf)  # a 2-norm of finite numbers can overflow
+    return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())

@@ -1,0 +1,72 @@
+"""Schedule-free optimizers: which of their points is protected.
+
+They keep two sequences, and the gradient is taken at a third point between them:
+
+    z ← z − η u(∇L(y))          the base sequence, in the optimizer's state
+    x ← (1 − w) x + w z         its average: the model that is evaluated and deployed
+    y = β x + (1 − β) z         where the model's parameters are in training mode
+
+The alignment that counts is x's, so the map c → c⁺, the refreshes and the restoring act on x. z
+must follow: left alone it would carry the whole unprotected path, and the average would bring it
+back into x. It is given x's coordinates, z += U(Uᵀx − Uᵀz), and gradients are then taken at the
+same coordinates, Uᵀy = Uᵀx. Outside of the subspace nothing changes.
+
+Cost: y → x → y, two combinations of the parameters, and 2·k·n multiplications a step.
+
+Source: Defazio et al. 2024, "The Road Less Scheduled" (arXiv 2405.15682).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safeopt.optim.geometry import SafetyGeometry
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether the optimizer holds its parameters at y while it trains and at x otherwise."""
+    return all("train_mode" in group for group in optimizer.param_groups)
+
+
+@contextmanager
+def at_average(
+    optimizer: Optimizer, params: Sequence[Tensor], geometry: SafetyGeometry
+) -> Iterator[None]:
+    """The parameters of a schedule-free optimizer are x inside; others are left as they are.
+
+    At the end z follows x inside the subspace, and the parameters are y again if they were before.
+
+    Args:
+        optimizer: any optimizer.
+        params: its protected parameters.
+        geometry: what moves them inside.
+    """
+    if not is_schedule_free(optimizer):
+        yield
+        return
+    training = optimizer.param_groups[0]["train_mode"]
+    if training:
+        optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _follow(optimizer, params, geometry)
+        if training:
+            optimizer.train()  # type: ignore[attr-defined]
+
+
+def _follow(optimizer: Optimizer, params: Sequence[Tensor], geometry: SafetyGeometry) -> None:
+    """Give z the coordinates of x."""
+    if geometry.subspace is None:
+        return
+    # A parameter that never had a gradient has no z yet: its x, y and z are the same.
+    states = [optimizer.state.get(p, {}) for p in params]
+    base = [state.get("z", p) for state, p in zip(states, params, strict=True)]
+    moved = [state.get("z", torch.zeros_like(p)) for state, p in zip(states, params, strict=True)]
+    basis = geometry.subspace.basis
+    basis.expand_into(moved, basis.coordinates(params) - basis.coordinates(base))
