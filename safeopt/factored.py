@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from safeopt.factors import Factors, joined, without
-from safeopt.rows import flat_products, inner_products, row_dtype
+from safeopt.rows import as_matrix, flat_products, inner_products, row_dtype
 
 # Numbers in a temporary tensor, at most: 64 MiB in float32.
 _TEMPORARY = 1 << 24
@@ -218,7 +218,7 @@ class FactoredRows:
         direction = direction.detach().to(dtype)
         if index in self.dense:
             row = direction.reshape(1, -1)
-            return self.scale * flat_products(self.dense[index].flatten(1), row).squeeze(1)
+            return self.scale * flat_products(as_matrix(self.dense[index]), row).squeeze(1)
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         for site in self._sites_of.get(index, []):
             right, step = site.right.to(dtype), max(1, _TEMPORARY // sum(self.shapes[index]))
@@ -248,7 +248,7 @@ class FactoredRows:
         dtype = self.dtypes[index]
         if index in self.dense:
             rows = self.dense[index]
-            step = weights.to(rows) @ rows.flatten(1)
+            step = weights.to(rows) @ as_matrix(rows)
             tensor.add_(step.view(tensor.shape).to(tensor.dtype))
             return
         exact = tensor if tensor.dtype == dtype else torch.zeros_like(tensor, dtype=dtype)
@@ -338,7 +338,7 @@ class FactoredRows:
             high = min(low + step, height)
             mine = self._matrices(index, low, high)
             theirs = mine if other is self else other._matrices(index, low, high)
-            total += flat_products(mine.flatten(1), theirs.flatten(1))
+            total += flat_products(as_matrix(mine), as_matrix(theirs))
         return total
 
 

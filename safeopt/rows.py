@@ -85,6 +85,11 @@ class DenseRows:
         return DenseRows([b * factors.to(b).view(-1, *[1] * (b.dim() - 1)) for b in self.blocks])
 
 
+def as_matrix(rows: Tensor) -> Tensor:
+    """Rows of shape ``(m, *p.shape)`` as a matrix ``(m, n)``; a scalar parameter has one column."""
+    return rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+
+
 def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Inner products of rows, summed over the parameters.
 
@@ -99,7 +104,7 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     total = torch.zeros(left[0].shape[0], right[0].shape[0], dtype=torch.float64, device=device)
     for a, b in zip(left, right, strict=True):
         if a.numel() and b.numel():
-            total += flat_products(a.flatten(1), b.flatten(1)).to(device)
+            total += flat_products(as_matrix(a), as_matrix(b)).to(device)
     return total
 
 
@@ -118,7 +123,7 @@ def flat_products(left: Tensor, right: Tensor) -> Tensor:
 
 def mixed(weights: Tensor, block: Tensor) -> Tensor:
     """Linear combinations of rows: ``weights (k, m)`` times ``block (m, *shape)``."""
-    return (weights.to(block) @ block.flatten(1)).view(weights.shape[0], *block.shape[1:])
+    return (weights.to(block) @ as_matrix(block)).view(weights.shape[0], *block.shape[1:])
 
 
 def row_dtype(p: Tensor) -> torch.dtype:

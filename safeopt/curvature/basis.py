@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from safeopt.rows import GradientRows, flat_products, mixed, row_dtype
+from safeopt.rows import GradientRows, as_matrix, flat_products, mixed, row_dtype
 from safeopt.rows import inner_products as inner_products
 
 
@@ -169,7 +169,7 @@ class DenseBasis:
         for block, tensor in zip(self.blocks, tensors, strict=True):
             if tensor is not None and block.numel():
                 row = tensor.detach().reshape(1, -1).to(block.dtype)
-                total += flat_products(block.flatten(1), row).squeeze(1).to(total.device)
+                total += flat_products(as_matrix(block), row).squeeze(1).to(total.device)
         return total
 
     @torch.no_grad()
@@ -182,7 +182,7 @@ class DenseBasis:
         """
         for block, tensor in zip(self.blocks, tensors, strict=True):
             if block.numel():
-                step = coordinates.to(block) @ block.flatten(1)
+                step = coordinates.to(block) @ as_matrix(block)
                 tensor.add_(step.view(tensor.shape).to(tensor.dtype))
 
     def inner(self, other: DenseBasis) -> Tensor:
@@ -194,7 +194,7 @@ class DenseBasis:
         total = torch.zeros(len(rows), self.rank, dtype=torch.float64, device=self.blocks[0].device)
         for index, block in enumerate(self.blocks):
             if block.numel():
-                part = flat_products(rows.block(index).flatten(1), block.flatten(1))
+                part = flat_products(as_matrix(rows.block(index)), as_matrix(block))
                 total += part.to(total.device)
         return total
 

@@ -90,9 +90,9 @@ class SafetyGeometry:
             raise TypeError(f"probe={type(probe).__name__}: expected a safeopt.SafetyProbe")
         if config.damping and len(probe) <= config.trial_examples:
             raise ValueError(
-                f"probe: {len(probe)} safety examples, of which trial_examples="
-                f"{config.trial_examples} are kept apart for the line search; give at least "
-                f"{config.trial_examples + 1}"
+                f"trial_examples={config.trial_examples}: the probe has {len(probe)} safety "
+                f"examples; it needs at least {config.trial_examples + 1}, as the trial examples "
+                "are kept apart"
             )
         self.probe = probe
         self.config = config

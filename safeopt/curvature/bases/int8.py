@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.basis import CarriedRows, whitening
-from safeopt.rows import GradientRows, flat_products, row_dtype
+from safeopt.rows import GradientRows, as_matrix, flat_products, row_dtype
 
 _BLOCK = 64
 # Restored numbers in a temporary tensor, at most: 64 MiB in float32.
@@ -144,7 +144,7 @@ class Int8Basis:
         total = torch.zeros(len(rows), self.rank, dtype=torch.float64, device=self.weights.device)
         for index, (block, dtype) in enumerate(zip(self.blocks, self.dtypes, strict=True)):
             if self.rank:
-                row = rows.block(index).flatten(1)
+                row = as_matrix(rows.block(index))
                 for part, values in block.chunks(dtype):
                     total += flat_products(row[:, part], values).to(total.device)
         return total @ self.weights.T
@@ -158,7 +158,7 @@ class Int8Basis:
         left = left @ self.weights
         blocks = []
         for index, (block, dtype) in enumerate(zip(self.blocks, self.dtypes, strict=True)):
-            row = rows.block(index).flatten(1)
+            row = as_matrix(rows.block(index))
             step = _columns(max(len(left), block.codes.shape[0]))
             parts = []
             for low in range(0, row.shape[1], step):
