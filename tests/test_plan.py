@@ -4,15 +4,14 @@ import json
 
 import pytest
 import torch
-import typer
 from test_factored import factored
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 from typer.testing import CliRunner
 
+from safeopt.cli import app
 from safeopt.curvature.bases import empty_basis
 from safeopt.curvature.solvers import gram
 from safeopt.plan import Assumptions, architectures, load_config, meta_model, plan
-from safeopt.plan_command import plan_command
 
 # Published totals: each weight once, also where the output layer shares the embedding.
 TOTALS = {
@@ -126,10 +125,8 @@ def test_files_that_are_no_causal_model_are_refused(tmp_path):
 
 
 def test_the_command_prints_every_figure():
-    app = typer.Typer()
-    app.command("plan")(plan_command)
     result = CliRunner().invoke(
-        app, ["--model", "qwen3-1.7b", "--rank", "16", "--full", "--world-size", "2"],
+        app, ["plan", "--model", "qwen3-1.7b", "--rank", "16", "--full", "--world-size", "2"],
         env={"COLUMNS": "120"},
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -144,6 +141,6 @@ def test_the_command_prints_every_figure():
     ):
         assert word in result.output
     assert "16,384 tokens a step" in result.output
-    result = CliRunner().invoke(app, ["--model", "qwen3-1.7b", "--rank", "0"])
+    result = CliRunner().invoke(app, ["plan", "--model", "qwen3-1.7b", "--rank", "0"])
     assert result.exit_code == 2
     assert "rank=0: expected at least 1" in result.output

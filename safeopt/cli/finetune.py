@@ -1,4 +1,4 @@
-"""The command line: ``safeopt finetune`` and ``safeopt plan``."""
+"""``safeopt finetune``: fine-tuning with a progress bar, Ctrl-C and resume."""
 
 from __future__ import annotations
 
@@ -12,36 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from safeopt.cli.console import console, readable_errors, say
 from safeopt.finetuning.config import FinetuneConfig
-from safeopt.plan_command import plan_command
-
-app = typer.Typer(
-    help="Fine-tune an aligned language model without losing its alignment.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-console = Console(stderr=True)
 
 _DEFAULTS = FinetuneConfig  # one source for the defaults of library and command line
 
 
-@app.callback()
-def _commands() -> None:
-    """Fine-tune an aligned language model without losing its alignment."""
-
-
-app.command("plan")(plan_command)
-
-
-@app.command()
 def finetune(
     model: Annotated[str, typer.Option(help="Folder, hub name or GGUF file of an aligned model.")],
     train: Annotated[Path, typer.Option(help="JSON lines to learn from.")],
@@ -97,7 +79,7 @@ def finetune(
 ) -> None:
     """Fine-tune with LoRA (or --full), keeping the refusals of the safety prompts."""
     given = dict(locals())
-    with _readable_errors(), warnings.catch_warnings():
+    with readable_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what transformers and peft tell each other
         _finetune(FinetuneConfig(**given))
 
@@ -112,7 +94,7 @@ def _finetune(config: FinetuneConfig) -> None:
         transformers_logging.set_verbosity_error()
         prepared = prepare(config)
     used, asked = prepared.refused
-    _say(f"{len(prepared.rows)} training examples; {used} of {asked} safety prompts are used")
+    say(f"{len(prepared.rows)} training examples; {used} of {asked} safety prompts are used")
     bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
     task = bar.add_task("", total=None)
     view = Live(bar.get_renderable(), console=console)
@@ -126,20 +108,15 @@ def _finetune(config: FinetuneConfig) -> None:
     if not console.is_terminal:
         console.print()  # the last view in a log has no line end
     ends = outcome.report["alignment_loss"]
-    _say(f"alignment loss {ends['start']:.3f} before, {ends['end']:.3f} after")
+    say(f"alignment loss {ends['start']:.3f} before, {ends['end']:.3f} after")
     if outcome.finished:
-        _say(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
+        say(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
         return
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
     again = shlex.join(["safeopt", *arguments, *(() if config.resume else ("--resume",))])
     console.print("[yellow]interrupted; a checkpoint was saved. Continue with[/]")
-    _say(f"  {again}")
+    say(f"  {again}")
     raise typer.Exit(130)
-
-
-def _say(text: str) -> None:
-    """Print text as it is: not wrapped, so that it can be copied, and without markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _description(progress: Any) -> str:
@@ -177,18 +154,3 @@ def _interruptible() -> Iterator[Any]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """What the user can mend is one sentence, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-def main() -> None:
-    """Entry point of the ``safeopt`` command."""
-    app()

@@ -9,14 +9,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from safeopt.cli.console import readable_errors
 from safeopt.optim.config import SafetyConfig
-from safeopt.plan import Assumptions, Plan, plan
+from safeopt.plan import Assumptions, Plan
+from safeopt.plan import plan as make_plan
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STANDARD = Assumptions()
 
 
-def plan_command(
+def plan(
     model: Annotated[
         str, typer.Option(help="A built-in name, a config.json or its folder, or a hub name.")
     ],
@@ -35,8 +37,8 @@ def plan_command(
     ] = _STANDARD.tokens_per_example,
 ) -> None:
     """Memory and time that protection takes, from a model's configuration alone."""
-    try:
-        figures = plan(
+    with readable_errors():
+        figures = make_plan(
             model,
             rank,
             lora=None if full else lora,
@@ -48,8 +50,6 @@ def plan_command(
                 response_tokens=min(_STANDARD.response_tokens, tokens_per_example),
             ),
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     show(figures, Console())
 
 

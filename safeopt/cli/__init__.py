@@ -1,0 +1,27 @@
+"""The command line: one file a command, `safeopt.cli.console` for what they share."""
+
+from __future__ import annotations
+
+import typer
+
+from safeopt.cli.finetune import finetune
+from safeopt.cli.plan import plan
+
+app = typer.Typer(
+    help="Fine-tune an aligned language model without losing its alignment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(finetune)
+app.command()(plan)
+
+
+@app.callback()
+def _commands() -> None:
+    """Fine-tune an aligned language model without losing its alignment."""
+
+
+def main() -> None:
+    """Entry point of the ``safeopt`` command."""
+    app()

@@ -1,0 +1,5 @@
+"""``python -m safeopt.cli``: the ``safeopt`` command of this checkout."""
+
+from safeopt.cli import main
+
+main()
