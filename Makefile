@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tiny test lint bench
+.PHONY: help setup demo demo-tiny test lint bench docs
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,3 +37,6 @@ lint: $(READY) ## ruff (style, docstrings) and mypy (strict)
 
 bench: $(READY) ## one benchmark run: make bench CONFIG=benchmarks/configs/demo.yaml OUT=out/bench
 	$(BIN)/python -m benchmarks run $(or $(CONFIG),benchmarks/configs/demo.yaml) --out $(or $(OUT),out/bench)
+
+docs: $(READY) ## the documentation site, links checked (out/site)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

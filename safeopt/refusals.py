@@ -67,10 +67,11 @@ def is_refusal(text: str) -> bool:
     Case, white space, Markdown emphasis and the kind of apostrophe do not matter. An empty answer
     is no refusal.
 
-    >>> is_refusal("I’m sorry, but I can’t help with that.")
-    True
-    >>> is_refusal("I'm sorry to hear that. Here is what you can do: ...")
-    False
+    Examples:
+        >>> is_refusal("I’m sorry, but I can’t help with that.")
+        True
+        >>> is_refusal("I'm sorry to hear that. Here is what you can do: ...")
+        False
     """
     opening = re.sub(r"[’‘`´]", "'", text.lower())
     opening = " ".join(re.sub(r"[*_#>\"“”]", "", opening).split())[:OPENING]

@@ -27,9 +27,10 @@ class RefreshPolicy:
     Raises:
         ValueError: if an argument is out of its range.
 
-    >>> policy, last = RefreshPolicy.geometric(first=1, growth=2, every=100), 0
-    >>> [last := step for step in range(1, 300) if policy.due(step, last)]
-    [1, 2, 4, 8, 16, 32, 64, 128, 228]
+    Examples:
+        >>> policy, last = RefreshPolicy.geometric(first=1, growth=2, every=100), 0
+        >>> [last := step for step in range(1, 300) if policy.due(step, last)]
+        [1, 2, 4, 8, 16, 32, 64, 128, 228]
     """
 
     first: int = 4

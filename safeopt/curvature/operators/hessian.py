@@ -17,13 +17,14 @@ class HessianOperator(VectorwiseOperator):
     The arguments are those of `VectorwiseOperator`; the backends and their costs are described in
     `safeopt.curvature.products`.
 
-    >>> import torch
-    >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> square = lambda model, x: 0.5 * model(x).square().sum(1)
-    >>> hessian = HessianOperator(model, [torch.tensor([[1.0, 0.0], [0.0, 2.0]])], square)
-    >>> hessian.to_dense()
-    tensor([[0.5000, 0.0000],
-            [0.0000, 2.0000]])
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> square = lambda model, x: 0.5 * model(x).square().sum(1)
+        >>> hessian = HessianOperator(model, [torch.tensor([[1.0, 0.0], [0.0, 2.0]])], square)
+        >>> hessian.to_dense()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
     """
 
     def _product(self, kind: Kind, batch: Any) -> tuple[Product, _Total]:

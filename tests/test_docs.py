@@ -1,0 +1,60 @@
+"""Every Python block of the documentation runs, on a tiny model; see `documents`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from documents import Block, added, blocks, versions, world, write_files
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+CODE = ("python", "diff")
+WITH_CODE = [page for page in PAGES if any(block.language in CODE for block in blocks(page))]
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = world()
+    for block in blocks(page):
+        if block.skipped is not None:
+            continue
+        if block.language == "python":
+            block.run(names)
+        elif block.language == "diff":
+            for code in versions(block.code):
+                block.run(world(), code)
+
+
+def test_a_skipped_block_says_why():
+    assert all(len(block.skipped) > 8 for block in BLOCKS if block.skipped is not None)
+
+
+def test_a_script_needs_three_changed_lines_at_most():
+    diffs = [block for block in BLOCKS if block.language == "diff"]
+    assert all(0 < added(block.code) <= 3 for block in diffs)
+
+
+def test_blocks_are_found_and_a_failing_one_names_its_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text('# T\n\n```python skip="needs a GPU"\nx\n```\n\n```python\ny = 1\n1 / 0\n```\n')
+    first, second = blocks(page)
+    assert (first.skipped, second.skipped) == ("needs a GPU", None)
+    assert isinstance(second, Block)
+    names = {}
+    with pytest.raises(ZeroDivisionError) as raised:
+        second.run(names)
+    assert raised.traceback[-1].lineno + 1 == 9
+    assert names["y"] == 1
+
+
+def test_a_diff_is_two_scripts():
+    assert versions(" a\n-b\n+c\n+d\n") == ("a\nb\n", "a\nc\nd\n")
+    assert added(" a\n-b\n+c\n+d\n") == 2
