@@ -51,7 +51,7 @@ def test_a_model_without_chat_template_takes_one_from_a_file(files, tmp_path):
     with pytest.raises(ValueError, match=r"no chat template.*--chat-template FILE"):
         prepare(config(files, tmp_path / "out", model=str(plain)))
     prepared = prepare(config(files, tmp_path / "out", model=str(plain), chat_template=template))
-    assert prepared.refused == (16, 16)
+    assert prepared.inputs.refused == (16, 16)
 
 
 def test_a_safety_conversation_needs_its_refusal(files, tmp_path):

@@ -93,8 +93,8 @@ def _finetune(config: FinetuneConfig) -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         prepared = prepare(config)
-    used, asked = prepared.refused
-    say(f"{len(prepared.rows)} training examples; {used} of {asked} safety prompts are used")
+    used, asked = prepared.inputs.refused
+    say(f"{len(prepared.inputs.rows)} training examples; {used} of {asked} safety prompts are used")
     bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
     task = bar.add_task("", total=None)
     view = Live(bar.get_renderable(), console=console)

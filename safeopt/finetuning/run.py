@@ -18,7 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from safeopt.data import collate
 from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
-from safeopt.finetuning.prepare import REPORT, Prepared, alignment_loss
+from safeopt.finetuning.inputs import alignment_loss
+from safeopt.finetuning.prepare import REPORT, Prepared
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
 
 _RESULT = {False: "adapter", True: "model"}  # by FinetuneConfig.full
@@ -84,7 +85,7 @@ def run(
     if config.optimizer != ADAMW:
         callbacks.append(SafetyCallback())
     trainer = Trainer(
-        model=prepared.model,
+        model=prepared.inputs.model,
         args=TrainingArguments(
             output_dir=str(out),
             per_device_train_batch_size=config.batch_size,
@@ -102,9 +103,9 @@ def run(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         ),
-        train_dataset=_Rows(prepared.rows),
-        data_collator=_Collator(prepared.tokenizer.pad_token_id),
-        processing_class=prepared.tokenizer,
+        train_dataset=_Rows(prepared.inputs.rows),
+        data_collator=_Collator(prepared.inputs.tokenizer.pad_token_id),
+        processing_class=prepared.inputs.tokenizer,
         optimizers=(prepared.optimizer, None),
         callbacks=callbacks,
     )
@@ -116,10 +117,10 @@ def run(
     folder = out / _RESULT[config.full]
     if finished:
         trainer.save_model(str(folder))
-        prepared.tokenizer.save_pretrained(str(folder))
+        prepared.inputs.tokenizer.save_pretrained(str(folder))
     seconds = earlier + time.perf_counter() - began
     report = _report(prepared, trainer, finished, seconds)
-    report["alignment_loss"]["end"] = alignment_loss(prepared.probe)
+    report["alignment_loss"]["end"] = alignment_loss(prepared.inputs.probe)
     write_json(out / REPORT, report)
     save_curves(report, out / _CURVES)
     return Outcome(finished, folder, report)
@@ -181,7 +182,7 @@ class _Watcher(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
-        self._safety_before = self.prepared.probe.passes.seconds
+        self._safety_before = self.prepared.inputs.probe.passes.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.should_stop() and state.global_step < state.max_steps:
@@ -198,7 +199,7 @@ class _Watcher(TrainerCallback):
 
     def _tell(self, state: Any, optimizer: Any) -> None:
         protected = self.prepared.config.optimizer != ADAMW
-        safety_seconds = self.prepared.probe.passes.seconds - self._safety_before
+        safety_seconds = self.prepared.inputs.probe.passes.seconds - self._safety_before
         self.listener(
             Progress(
                 state.global_step,
@@ -217,15 +218,15 @@ def _report(prepared: Prepared, trainer: Any, finished: bool, seconds: float) ->
         "config": config.as_dict(),
         "finished": finished,
         "steps": trainer.state.global_step,
-        "train_examples": len(prepared.rows),
-        "safety_prompts": {"used": prepared.refused[0], "given": prepared.refused[1]},
+        "train_examples": len(prepared.inputs.rows),
+        "safety_prompts": {"used": prepared.inputs.refused[0], "given": prepared.inputs.refused[1]},
         "trainable_parameters": sum(
-            p.numel() for p in prepared.model.parameters() if p.requires_grad
+            p.numel() for p in prepared.inputs.model.parameters() if p.requires_grad
         ),
         "log": trainer.state.log_history,
-        "alignment_loss": {"start": prepared.alignment_loss, "end": None},
+        "alignment_loss": {"start": prepared.inputs.alignment_loss, "end": None},
         "measurements": [],
-        "passes": prepared.probe.passes.as_dict(),
+        "passes": prepared.inputs.probe.passes.as_dict(),
         "seconds": seconds,
         "versions": {
             "python": platform.python_version(),

@@ -1,0 +1,199 @@
+"""The model, the data and the safety examples that a run starts from, checked.
+
+`safeopt finetune` trains on them, `safeopt diagnose` looks at them: both see the same model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeopt.data import ChatExample, collate, encode, read_examples
+from safeopt.losses import IGNORE
+from safeopt.models import load_causal_lm
+from safeopt.probe import SafetyProbe
+from safeopt.refusals import generate, is_refusal
+
+# Below this share of refusals a model is not aligned in the sense of the probe.
+_LEAST_REFUSED = 0.25
+# Above this NLL per token the given refusals are not what the model would say.
+_HIGHEST_NLL = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """What a run starts from.
+
+    Args:
+        model: folder, hub name or GGUF file of an aligned causal chat model.
+        train: JSON lines to learn from.
+        safety: JSON lines with harmful prompts; where a line has no response, the model's own
+            refusal is taken.
+        harmless: JSON lines with harmless prompts that must not be refused; None for none.
+        chat_template: file with a Jinja chat template, instead of the tokenizer's own.
+        full: train all parameters instead of a LoRA adapter.
+        lora_rank: rank of the adapter.
+        lora_alpha: scale of the adapter times its rank.
+        batch_size: examples in one pass.
+        max_length: tokens after which an example is cut.
+        seed: of everything random.
+
+    Raises:
+        ValueError: naming the argument that is out of its range.
+    """
+
+    model: str
+    train: Path
+    safety: Path
+    harmless: Path | None = None
+    chat_template: Path | None = None
+    full: bool = False
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    batch_size: int = 4
+    max_length: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "lora_alpha", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}: expected at least 2 tokens")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the choices as plain values; paths become strings."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+@dataclass
+class Inputs:
+    """What `load_inputs` found.
+
+    Attributes:
+        model: with its adapter, in training mode.
+        tokenizer: its tokenizer.
+        rows: encoded training examples.
+        probe: the safety examples.
+        refused: how many of the safety prompts are used, and how many there were.
+        alignment_loss: of the aligned model, before training.
+    """
+
+    model: Any
+    tokenizer: Any
+    rows: list[dict[str, list[int]]]
+    probe: SafetyProbe
+    refused: tuple[int, int]
+    alignment_loss: float
+
+
+def load_inputs(config: InputConfig) -> Inputs:
+    """Read and check everything; write nothing.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is malformed, the model has no chat template, or there is nothing to
+            protect since the model does not refuse the safety prompts.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    examples = read_examples(config.train)
+    safety = read_examples(config.safety, need_response=False)
+    harmless = read_examples(config.harmless, need_response=False) if config.harmless else []
+    set_seed(config.seed)
+    model, tokenizer = load_causal_lm(config.model)
+    if config.chat_template is not None:
+        tokenizer.chat_template = _text(config.chat_template)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    rows = [encode(tokenizer, example, config.max_length) for example in examples]
+    rows = [row for row in rows if any(label != IGNORE for label in row["labels"])]
+    if not rows:
+        raise ValueError(
+            f"max_length={config.max_length}: no response of {config.train} is left; raise it"
+        )
+    refusals, used = _refusals(model, tokenizer, safety, config)
+    if not config.full:
+        model = get_peft_model(model, _lora(model, config))
+    model.train()
+    probe = SafetyProbe(
+        model,
+        _batches(tokenizer, refusals),
+        held=_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
+    )
+    loss = _aligned_loss(probe, config)
+    return Inputs(model, tokenizer, rows, probe, (used, len(safety)), loss)
+
+
+def alignment_loss(probe: SafetyProbe) -> float:
+    """The alignment loss on the first 32 safety examples, the same ones whenever it is asked."""
+    return probe.value(range(min(len(probe), 32)))
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template={path}: there is no such file")
+    return path.read_text(encoding="utf-8")
+
+
+def _lora(model: Any, config: InputConfig) -> Any:
+    """LoRA where PEFT puts it by default, on all linear layers of models it does not know."""
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
+
+    known = getattr(model.config, "model_type", None) in KNOWN_TARGETS
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=None if known else "all-linear",
+    )
+
+
+def _refusals(
+    model: Any, tokenizer: Any, safety: list[ChatExample], config: InputConfig
+) -> tuple[list[ChatExample], int]:
+    """Safety examples with refusals: the given ones, or the model's own where it refuses."""
+    given = [example for example in safety if example.response is not None]
+    asked = [example for example in safety if example.response is None]
+    for example in asked:
+        if len(example.prompt) > 1:
+            raise ValueError(
+                f"safety: a conversation of {len(example.prompt)} messages in {config.safety} has "
+                "no response; give the refusal, or the user's message alone"
+            )
+    prompts = [example.prompt[-1]["content"] for example in asked]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=32) if asked else []
+    own = [
+        example.answered(answer)
+        for example, answer in zip(asked, answers, strict=True)
+        if is_refusal(answer)
+    ]
+    if len(own) < _LEAST_REFUSED * len(asked):
+        raise ValueError(
+            f"safety: the model refuses only {len(own)} of the {len(asked)} prompts in "
+            f"{config.safety}; there is nothing to protect. Use an aligned model, or prompts that "
+            "it refuses"
+        )
+    return given + own, len(given) + len(own)
+
+
+def _aligned_loss(probe: SafetyProbe, config: InputConfig) -> float:
+    """The alignment loss before training, where there is something to protect."""
+    nll = alignment_loss(probe)
+    if nll > _HIGHEST_NLL:
+        raise ValueError(
+            f"safety: the responses in {config.safety} are unlikely under the model "
+            f"({nll:.1f} nats a token); it does not refuse like that, so there is nothing to "
+            "protect. Leave the responses out to use the model's own refusals"
+        )
+    return nll
+
+
+def _batches(tokenizer: Any, examples: list[ChatExample]) -> list[dict[str, torch.Tensor]]:
+    rows = [encode(tokenizer, example) for example in examples]
+    return [collate([row], tokenizer.pad_token_id, side="left") for row in rows]
