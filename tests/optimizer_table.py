@@ -33,22 +33,19 @@ class OptimizerCase:
     Attributes:
         protected: build(params, lr, options) with the fields of `SafetyConfig` as options.
         plain: build(params, lr), the same optimizer without protection.
-        supports: what it can do beyond the base: "copy" (deepcopy and pickle), "policy"
-            (``on_refresh_error``), "spread" (its step spreads over parameters without a gradient).
         inputs: options of its own that are valid, one dict for each case.
         wrong: options of its own that are not, with the error and its message.
     """
 
     protected: Callable[..., Optimizer]
     plain: Callable[..., Optimizer]
-    supports: frozenset[str] = frozenset()
     inputs: tuple[dict, ...] = ({},)
     wrong: tuple[tuple[dict, type[Exception], str], ...] = ()
 
 
 def _ours(cls, params, lr, options, *, renamed=None, **fixed):
     """An optimizer of this package, whose class names some fields of `SafetyConfig` otherwise."""
-    names = {"restore": "restore_alignment", **(renamed or {})}
+    names = renamed or {}
     return cls(params, lr=lr, **fixed, **{names.get(k, k): v for k, v in options.items()})
 
 
@@ -64,28 +61,25 @@ _SGD = {"momentum": 0.9}
 _NOT_SUPPORTED = tuple(
     ({name: True}, ValueError, f"{name}=True") for name in ("capturable", "differentiable")
 )
-_ALL = frozenset({"copy", "policy"})
 
 OPTIMIZERS = {
     "ProjectedAdamW": OptimizerCase(
         partial(_ours, ProjectedAdamW),
         partial(_plain, AdamW),
-        _ALL,
         ({"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}),
         _NOT_SUPPORTED,
     ),
     "safeguard(AdamW)": OptimizerCase(
         partial(_guarded, AdamW),
         partial(_plain, AdamW),
-        _ALL,
         wrong=(({"ranks": 3}, TypeError, "options: ranks is unknown; expected some of: rank"),),
     ),
     "safeguard(SGD)": OptimizerCase(
-        partial(_guarded, SGD, **_SGD), partial(_plain, SGD, **_SGD), _ALL
+        partial(_guarded, SGD, **_SGD), partial(_plain, SGD, **_SGD)
     ),
     "PreconditionedSGD": OptimizerCase(
         partial(_ours, PreconditionedSGD, **_SGD), partial(_plain, SGD, **_SGD),
-        frozenset({"spread"}), ({"foreach": True}, {"foreach": False}),
+        ({"foreach": True}, {"foreach": False}),
         (*_NOT_SUPPORTED[1:], ({"tau": 0.0}, ValueError, r"tau=0\.0")),
     ),
     "SafetySAM": OptimizerCase(
@@ -94,12 +88,6 @@ OPTIMIZERS = {
     ),
 }  # fmt: skip
 names = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-def supporting(feature):
-    """The optimizers that support ``feature``."""
-    chosen = [name for name, case in OPTIMIZERS.items() if feature in case.supports]
-    return pytest.mark.parametrize("name", chosen)
 
 
 def probe_of(model, *, held=False, **options):

@@ -19,7 +19,6 @@ from optimizer_table import (
     names,
     probe_of,
     run,
-    supporting,
 )
 from quadratic import Quadratic, orthogonal
 from quadratic import probe_of as quadratic_probe
@@ -114,7 +113,7 @@ def test_wrong_arguments_name_themselves(name, argument):
 
 
 def test_the_table_of_wrong_arguments_is_complete():
-    flags = {"restore"}  # taken by its truth
+    flags = {"restore_alignment"}  # taken by its truth
     assert set(WRONG) - {"probe"} == {field.name for field in fields(SafetyConfig)} - flags
 
 
@@ -122,7 +121,7 @@ def test_the_table_of_wrong_arguments_is_complete():
 def test_own_wrong_arguments_name_themselves(name):
     policy = ({"on_refresh_error": "stop"}, ValueError, 'on_refresh_error="stop": expected one of')
     case = OPTIMIZERS[name]
-    for options, error, message in (*case.wrong, *([policy] if "policy" in case.supports else [])):
+    for options, error, message in (*case.wrong, policy):
         with pytest.raises(error, match=message):
             build(name, **options)
 
@@ -152,7 +151,7 @@ def test_groups_can_be_added_before_the_first_step(name):
     assert optimizer.safety.step_count == 4
 
 
-@supporting("policy")
+@names
 def test_other_protected_parameters_are_refused_after_the_first_step(name):
     """What the aligned model's loss does along them is not known; nothing changes."""
     changes = {
@@ -194,7 +193,7 @@ def test_complex_and_sparse_are_refused(name):
     assert equal(model.parameters(), before)
 
 
-@supporting("policy")
+@names
 def test_capturable_and_differentiable_groups_are_refused(name):
     model, optimizer = build(name, refresh=NEVER)
     for option in ("capturable", "differentiable"):
@@ -253,7 +252,7 @@ def test_any_layout_of_groups(layout, dtype, name, rank, seed):
                 group["params"].reverse()
             groups.append(members[::-1] if turned else members)
         case = OPTIMIZERS[name]
-        options = {"probe": probe, "mode": "project", "refresh": EVERY, "restore": False}
+        options = {"probe": probe, "mode": "project", "refresh": EVERY, "restore_alignment": False}
         optimizer = case.protected(groups[0], 1e-2, options | {"trial_examples": 1, "rank": rank})
         base = case.plain(groups[1], 1e-2)
         for step in range(3):
@@ -325,7 +324,7 @@ def chosen(model):
     return trainable(model)[:2]
 
 
-@supporting("policy")
+@names
 def test_learning_rates_may_be_tensors(name):
     model, optimizer = (
         build(name, lr=torch.tensor(1e-2), refresh=EVERY, foreach=False)
@@ -404,7 +403,7 @@ def test_hooks_of_the_user_run_around_the_protected_step(name):
     assert loaded == ["before", "after"]
 
 
-@supporting("policy")
+@names
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_not_finite(name, closure, value):
@@ -441,7 +440,7 @@ def test_gradients_that_are_not_finite(name, closure, value):
             assert optimizer.safety.passes == passes
 
 
-@supporting("policy")
+@names
 def test_finite_gradients_whose_norm_overflows_are_no_error(name):
     model, optimizer = build(name, lr=1e-30, refresh=NEVER)
     task_step(model, 0)
@@ -480,7 +479,7 @@ def saved(pair):
     return torch.load(file, weights_only=False)
 
 
-@supporting("copy")
+@names
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 def test_copies_of_model_and_optimizer_go_on_alike(name, copied):
     """Bit for bit, protected, and without the hooks and schedulers that torch drops as well."""
@@ -508,7 +507,7 @@ def test_copies_of_model_and_optimizer_go_on_alike(name, copied):
     assert third is not twin
 
 
-@supporting("copy")
+@names
 def test_an_optimizer_copied_alone_brings_its_model(name):
     model, optimizer = build(name, refresh=EVERY)
     run(model, optimizer, 1)
@@ -524,7 +523,7 @@ def test_an_optimizer_copied_alone_brings_its_model(name):
     assert optimizer.safety.step_count == 5
 
 
-@supporting("copy")
+@names
 def test_copies_without_protection(name):
     model, optimizer = build(name, damping=0)
     twin, other = copy.deepcopy((model, optimizer))
@@ -532,14 +531,6 @@ def test_copies_without_protection(name):
     run(twin, other, 2)
     run(model, optimizer, 2)
     assert equal(model.parameters(), twin.parameters())
-
-
-@pytest.mark.parametrize("name", [n for n, c in OPTIMIZERS.items() if "copy" not in c.supports])
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_copies_are_refused_where_they_are_not_supported(name, copied):
-    _, optimizer = build(name)
-    with pytest.raises(TypeError, match=r"cannot be pickled or copied.*state_dict"):
-        copied(optimizer)
 
 
 def test_named_parameters_keep_their_names():

@@ -16,7 +16,7 @@ from tolerances import relative_error
 
 from safeopt import RefreshPolicy
 from safeopt.optim import PreconditionedSGD
-from safeopt.optim.preconditioned_sgd import woodbury
+from safeopt.optim.preconditioner import woodbury
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,7 +25,7 @@ def dense_coordinates(safety, params, anchors):
 def test_coordinates_after_every_step(name, mode, restore):
     """c⁺ = Uᵀ(θ − θ_r) to float32 accuracy; zero in mode "project"."""
     model, optimizer = build(
-        name, mode=mode, refresh=RefreshPolicy.fixed(4), budget=0.05, restore=restore
+        name, mode=mode, refresh=RefreshPolicy.fixed(4), budget=0.05, restore_alignment=restore
     )
     params = trainable(model)
     norm = float(torch.cat([p.detach().flatten() for p in params]).norm())
@@ -52,7 +52,7 @@ def test_coordinates_after_every_step(name, mode, restore):
 def test_budget_bounds_the_surrogate_at_every_step(name):
     """Â ≤ A₀ + budget; where an anchor is above it already, Â does not rise further."""
     model, optimizer = build(
-        name, mode="budget", budget=0.01, refresh=RefreshPolicy.fixed(5), restore=False
+        name, mode="budget", budget=0.01, refresh=RefreshPolicy.fixed(5), restore_alignment=False
     )
     for step in range(12):
         task_step(model, step)

@@ -1,7 +1,9 @@
 """SafetySAM against plain SAM and dense references, and as a torch optimizer."""
 
+import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -368,7 +370,7 @@ def test_a_refresh_carries_the_momentum_to_the_new_basis():
     old.basis.expand_into(spread, average)
     expected = new.basis.coordinates(spread)
     assert relative_error(optimizer.state_dict()["sam"]["momentum"], expected) < 1e-9
-    assert optimizer._subspace is new
+    assert optimizer._ascent._subspace is new
 
 
 def through_a_file(state):
@@ -413,6 +415,53 @@ def test_resumes_bit_for_bit(mode):
     optimizer.restore()
     fresh.restore()
     assert equal(model.parameters(), again.parameters())
+
+
+@modes
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_alike(mode, copied):
+    """Also where the parameters are held perturbed: the copy returns its own to its own θ."""
+
+    def train(model, optimizer, step):
+        if mode == "two_pass":
+            optimizer.step(lambda: task_step(model, step))
+        else:
+            task_step(model, step)
+            optimizer.step()
+
+    model = tiny_llama(layers=1)
+    optimizer = SafetySAM(
+        trainable(model), lr=1e-2, probe=language_probe(model), rank=8, mode=mode,
+        refresh=RefreshPolicy.fixed(3), budget=0.0,
+    )  # fmt: skip
+    torch.optim.lr_scheduler.StepLR(optimizer, 100)  # it replaces the instance's step
+    for step in range(2):
+        train(model, optimizer, step)
+    held = copies(model.parameters())
+    twin, other = copied((model, optimizer))
+    assert other.safety.probe.model is twin
+    assert other.param_groups is other.base_optimizer.param_groups
+    assert equal(twin.parameters(), held)
+    other.eval()
+    optimizer.eval()
+    assert equal(twin.parameters(), model.parameters())
+    assert equal(twin.parameters(), held) == (mode == "two_pass")
+    for one in (other, optimizer):
+        one.train()
+    for step in range(2, 5):
+        train(twin, other, step)
+        train(model, optimizer, step)
+    assert equal(twin.parameters(), model.parameters())
+    assert other.safety.history == optimizer.safety.history
+    assert other.safety.coupling == optimizer.safety.coupling
+    alone = copy.deepcopy(optimizer)
+    assert alone.safety.probe.model is not model
+    with torch.no_grad():
+        trainable(model)[0].add_(1.0)
+    if mode == "lookahead":  # what was written to while held is known to the copy as well
+        _, written = copied((model, optimizer))
+        with pytest.raises(RuntimeError, match="params: 1 parameters were written to"):
+            written.eval()
 
 
 def test_restore_leaves_the_parameters_ready_to_be_saved():

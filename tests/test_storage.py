@@ -16,7 +16,11 @@ KINDS = ["dense", "int8", "factored", "compressed"]
 def test_training_with_every_storage(kind):
     """The subspace is renewed, the step inside it taken back, and a checkpoint continues it."""
     model, optimizer = build(
-        "ProjectedAdamW", basis=kind, refresh=RefreshPolicy.fixed(3), held=True, restore=False
+        "ProjectedAdamW",
+        basis=kind,
+        refresh=RefreshPolicy.fixed(3),
+        held=True,
+        restore_alignment=False,
     )
     run(model, optimizer, 4)
     subspace = optimizer.safety.subspace
@@ -38,7 +42,7 @@ def test_training_with_every_storage(kind):
         basis=kind,
         refresh=RefreshPolicy.fixed(3),
         held=True,
-        restore=False,
+        restore_alignment=False,
     )
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     run(model, optimizer, 4, start=4)

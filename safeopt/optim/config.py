@@ -34,7 +34,7 @@ class SafetyConfig:
         window: the number of latest examples whose gradients span the subspace, at least
             ``examples``.
         newton_damping: δ of the restoring step, see `safeopt.curvature.window`; positive.
-        restore: step back where alignment was lost; False leaves projection alone.
+        restore_alignment: step back where alignment was lost; False leaves projection alone.
         trial_examples: safety examples kept apart for the line search, at least 1.
         curvature: ``"fisher"``, or ``"random"``: the control experiment, a random subspace of equal
             rank that knows nothing of safety (nothing is restored with it).
@@ -54,7 +54,7 @@ class SafetyConfig:
     examples: int = 3
     window: int = 32
     newton_damping: float = 0.1
-    restore: bool = True
+    restore_alignment: bool = True
     trial_examples: int = 4
     curvature: Curvature = "fisher"
     basis: Storage = "auto"
@@ -66,7 +66,7 @@ class SafetyConfig:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: expected a whole number")
         _at_least("rank", self.rank, 1, "the safety subspace needs at least one direction")
-        _one_of("mode", self.mode, get_args(Mode))
+        one_of("mode", self.mode, get_args(Mode))
         _at_least("damping", self.damping, 0, "0 switches the protection off")
         if self.damping == math.inf:
             raise ValueError(f'damping={self.damping}: for a hard projection use mode="project"')
@@ -77,8 +77,8 @@ class SafetyConfig:
         if not (number and 0 < self.newton_damping < math.inf):
             raise ValueError(f"newton_damping={self.newton_damping}: expected a positive number")
         _at_least("trial_examples", self.trial_examples, 1, "the line search needs an example")
-        _one_of("curvature", self.curvature, get_args(Curvature))
-        _one_of("basis", self.basis, get_args(Storage))
+        one_of("curvature", self.curvature, get_args(Curvature))
+        one_of("basis", self.basis, get_args(Storage))
         if not isinstance(self.refresh, RefreshPolicy):
             raise TypeError(f"refresh={self.refresh!r}: expected a RefreshPolicy")
 
@@ -88,7 +88,12 @@ def _at_least(name: str, value: float, low: float, why: str) -> None:
         raise ValueError(f"{name}={value}: {why} ({name} >= {low})")
 
 
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not among the choices, naming the argument.
+
+    Raises:
+        ValueError: if it is not.
+    """
     if value not in choices:
         listed = ", ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f'{name}="{value}": expected one of {listed}')

@@ -17,6 +17,7 @@ takes a damped Gauss-Newton step back inside the subspace (`safeopt.curvature.wi
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from safeopt.curvature.bases import choose_basis
 from safeopt.curvature.subspace import SafetySubspace, updated_subspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.examples import ExampleRota
+from safeopt.optim.transaction import whole_or_not_at_all
 from safeopt.probe import PassCounter, SafetyProbe
 from safeopt.rows import DenseRows, GradientRows
 
@@ -141,7 +143,7 @@ class SafetyGeometry:
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
-            self._trial_reference = self.probe.value(self.rota.trial)
+            self._trial_reference = _finite(self.probe.value(self.rota.trial))
             self._estimate(params, self._count(0))
             first, trial = self.history[-1], len(self.rota.trial)
             total = self._trial_reference * trial + first.alignment_loss * first.examples
@@ -164,7 +166,8 @@ class SafetyGeometry:
         self._taken_back = self._taken_back + (c - mapped)
         self._position = mapped
         if self.config.refresh.due(self.step_count, self.last_refresh, self._drift()):
-            self._refresh(params)
+            with whole_or_not_at_all(self, params):
+                self._refresh(params)
 
     def restore(self, params: Sequence[Tensor]) -> Measurement:
         """Measure the alignment loss now and, where it exceeds the budget, restore it.
@@ -183,7 +186,8 @@ class SafetyGeometry:
         if self.subspace is None:
             self.before_step(params)
         elif self.step_count > self._checked:
-            self._restore(params)
+            with whole_or_not_at_all(self, params):
+                self._restore(params)
             self._checked = self.step_count
         return self.history[-1]
 
@@ -196,7 +200,7 @@ class SafetyGeometry:
         assert self._trial_reference is not None
         limit = self._trial_reference + self.config.budget
         if trial is None:
-            trial = self.probe.value(self.rota.trial)
+            trial = _finite(self.probe.value(self.rota.trial))
         for _ in range(_ROUNDS):
             if trial > limit:
                 trial = self._refresh(params, search=True, trial=trial)
@@ -297,7 +301,7 @@ class SafetyGeometry:
     @property
     def _restores(self) -> bool:
         """Whether lost examples are brought back: a random subspace knows none."""
-        return self.config.restore and self.config.curvature == "fisher"
+        return self.config.restore_alignment and self.config.curvature == "fisher"
 
     def _refresh(
         self, params: Sequence[Tensor], *, search: bool = False, trial: float | None = None
@@ -355,6 +359,7 @@ class SafetyGeometry:
         predicted = self.predicted
         look = self.rota.next(count)
         losses, rows = self._gradients(params, look.indices)
+        _finite(float(losses.sum()))
         tokens = self.probe.response_tokens(look.indices)
         targets = self.rota.targets(look, losses, tokens)
         if self.config.curvature == "random":
@@ -391,7 +396,7 @@ class SafetyGeometry:
         assert self.subspace is not None
         assert self._trial_reference is not None
         trial = self.rota.trial
-        before = self.probe.value(trial) if before is None else before
+        before = _finite(self.probe.value(trial)) if before is None else before
         # Where the trial examples have lost nothing, the step need not improve them.
         limit = max(before, self._trial_reference + self.config.budget)
         tried = 0.0
@@ -424,3 +429,17 @@ class SafetyGeometry:
         noise = rows.noise(generator)
         lengths = (rows.products().diagonal() / noise.products().diagonal()).sqrt()
         return noise.scaled(lengths)
+
+
+def _finite(loss: float) -> float:
+    """A safety loss that can be used.
+
+    Raises:
+        FloatingPointError: if it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the safety loss is {loss}, not a finite number: the model's outputs on the safety "
+            "examples have overflowed; lower the learning rate, or train in float32 or bfloat16"
+        )
+    return loss

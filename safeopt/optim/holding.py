@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class HeldParameters:
 
     def __bool__(self) -> bool:
         return bool(self._held)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles: version counters belong to the original's tensors."""
+        return {"held": [(p, copy, p._version == version) for p, copy, version in self._held]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._held = [
+            _Held(p, copy, p._version if unwritten else -1) for p, copy, unwritten in state["held"]
+        ]
 
     @torch.no_grad()
     def hold(self, subspace: SafetySubspace, params: Sequence[Tensor], change: Tensor) -> None:

@@ -38,8 +38,8 @@ step after a refresh, where it has been divided by 1 + Λ/τ already, and is kep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -47,14 +47,13 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
-from safeopt.curvature.subspace import SafetySubspace
-from safeopt.optim.config import Curvature, Mode, SafetyConfig
+from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
 from safeopt.optim.geometry import Measurement, SafetyGeometry
-from safeopt.optim.protection import attach, protected_parameters, restore
-from safeopt.per_example import row_dtype
+from safeopt.optim.preconditioner import Indefinite, SafetyPreconditioner
+from safeopt.optim.protection import OnRefreshError, attach, protected_parameters, restore
+from safeopt.optim.sgd_update import multi_tensor_update, single_tensor_update
 from safeopt.probe import SafetyProbe
-
-Indefinite = Literal["abs", "clip"]
+from safeopt.rows import row_dtype
 
 
 class PreconditionedSGD(torch.optim.SGD):
@@ -104,6 +103,8 @@ class PreconditionedSGD(torch.optim.SGD):
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
         basis: how U is stored.
         seed: of the order of the safety examples.
+        on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
+            or a gradient fails, see `safeopt.optim.protection`.
         maximize: as in SGD; the alignment loss is kept low all the same.
         foreach: as in SGD.
         differentiable: not supported.
@@ -146,11 +147,12 @@ class PreconditionedSGD(torch.optim.SGD):
         examples: int = SafetyConfig.examples,
         window: int = SafetyConfig.window,
         newton_damping: float = SafetyConfig.newton_damping,
-        restore_alignment: bool = SafetyConfig.restore,
+        restore_alignment: bool = SafetyConfig.restore_alignment,
         trial_examples: int = SafetyConfig.trial_examples,
         curvature: Curvature = SafetyConfig.curvature,
         basis: Storage = SafetyConfig.basis,
         seed: int = SafetyConfig.seed,
+        on_refresh_error: OnRefreshError = "raise",
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -166,8 +168,7 @@ class PreconditionedSGD(torch.optim.SGD):
                 f"tau={tau!r}: expected a positive number, or None for the default; damping=0 "
                 "switches the preconditioner off"
             )
-        if indefinite not in get_args(Indefinite):
-            raise ValueError(f'indefinite="{indefinite}": expected one of "abs", "clip"')
+        one_of("indefinite", indefinite, get_args(Indefinite))
         config = SafetyConfig(
             rank=rank,
             mode=mode,
@@ -177,16 +178,15 @@ class PreconditionedSGD(torch.optim.SGD):
             examples=examples,
             window=window,
             newton_damping=newton_damping,
-            restore=restore_alignment,
+            restore_alignment=restore_alignment,
             trial_examples=trial_examples,
             curvature=curvature,
             basis=basis,
             seed=seed,
         )
         self.tau = tau
-        self._relative = config.damping * config.refresh.every  # κR
-        self._indefinite = indefinite
-        self._inverse: tuple[SafetySubspace, Tensor] | None = None  # M and what it belongs to
+        relative = config.damping * config.refresh.every
+        self._preconditioner = SafetyPreconditioner(tau, relative, indefinite)
         geometry = SafetyGeometry(probe, config)
         super().__init__(
             params,
@@ -199,7 +199,7 @@ class PreconditionedSGD(torch.optim.SGD):
             foreach=foreach,
         )
         self.safety = geometry
-        attach(self, geometry)
+        attach(self, geometry, on_refresh_error)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -222,7 +222,7 @@ class PreconditionedSGD(torch.optim.SGD):
             foreach = group["foreach"]
             if foreach is None:
                 _, foreach = _default_to_fused_or_foreach(params, differentiable=False)
-            update = _multi_tensor_update if foreach else _single_tensor_update
+            update = multi_tensor_update if foreach else single_tensor_update
             moved = update(params, grads, buffers, group)
             directions.update(zip(params, moved, strict=True))
             if group["momentum"] != 0:
@@ -263,7 +263,9 @@ class PreconditionedSGD(torch.optim.SGD):
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
         params = protected_parameters(self)
         inside = subspace.basis.coordinates([directions.get(p) for p in params])
-        change = self._matrix(subspace, params) @ inside
+        if not bool(inside.isfinite().all()):
+            return  # the step is not protected, see `safeopt.optim.protection`
+        change = self._preconditioner.matrix(subspace, params) @ inside
         if len({rates[p] for p in params}) == 1:
             subspace.basis.expand_into(params, rates[params[0]] * change)
             return
@@ -272,105 +274,7 @@ class PreconditionedSGD(torch.optim.SGD):
         for p, part in zip(params, parts, strict=True):
             p.add_(part.to(p.dtype), alpha=rates[p])
 
-    def _matrix(self, subspace: SafetySubspace, params: Sequence[Tensor]) -> Tensor:
-        """M, shape ``(k, k)``, float64; computed once for each subspace."""
-        if self._inverse is None or self._inverse[0] is not subspace:
-            values = subspace.eigenvalues
-            values = values.abs() if self._indefinite == "abs" else values.clamp(min=0)
-            tau = self.tau or float(values.mean()) / self._relative
-            overlap = gram_matrix(subspace, params)
-            self._inverse = subspace, woodbury(values, overlap, tau)
-        return self._inverse[1]
-
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "PreconditionedSGD cannot be pickled or copied: it holds its model through the probe. "
-            "Save state_dict(), and load it into a new optimizer"
-        )
-
-
-def woodbury(eigenvalues: Tensor, overlap: Tensor, tau: float) -> Tensor:
-    """M of (I + UΛUᵀ/τ)⁻¹ = I − U M Uᵀ.
-
-    Args:
-        eigenvalues: the diagonal of Λ, shape ``(k,)``, float64, not negative.
-        overlap: UᵀU, shape ``(k, k)``, float64.
-        tau: τ ≥ 0; 0 only where all eigenvalues are 0 as well.
-
-    Returns:
-        Shape ``(k, k)``, float64: Λ^½ (τI + Λ^½ UᵀU Λ^½)⁻¹ Λ^½, symmetric.
-    """
-    if not bool((eigenvalues > 0).any()):
-        return torch.zeros_like(overlap)
-    root = eigenvalues.sqrt()
-    inner = root.unsqueeze(1) * overlap * root
-    inner.diagonal().add_(tau)
-    factor = torch.linalg.cholesky(inner)
-    half = torch.linalg.solve_triangular(factor, torch.diag(root), upper=False)
-    return half.T @ half
-
-
-def gram_matrix(subspace: SafetySubspace, params: Sequence[Tensor]) -> Tensor:
-    """UᵀU of the basis as it is stored, shape ``(k, k)``, float64.
-
-    Cost: k expansions and k times the coordinates; one number for each parameter.
-    """
-    columns = []
-    column = [torch.zeros_like(p, dtype=row_dtype(p)) for p in params]
-    for unit in torch.eye(subspace.rank, dtype=torch.float64, device=subspace.eigenvalues.device):
-        for part in column:
-            part.zero_()
-        subspace.basis.expand_into(column, unit)
-        columns.append(subspace.basis.coordinates(column))
-    overlap = torch.stack(columns)
-    return 0.5 * (overlap + overlap.T)
-
-
-def _single_tensor_update(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None], group: dict[str, Any]
-) -> list[Tensor]:
-    """SGD with decoupled weight decay, as a reference; returns the directions d."""
-    lr, momentum = float(group["lr"]), group["momentum"]
-    directions = []
-    for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
-        direction = -grad if group["maximize"] else grad
-        if momentum != 0:
-            buffer = buffers[index]
-            if buffer is None:
-                buffer = buffers[index] = direction.detach().clone()
-            else:
-                buffer.mul_(momentum).add_(direction, alpha=1 - group["dampening"])
-            direction = direction.add(buffer, alpha=momentum) if group["nesterov"] else buffer
-        if group["weight_decay"] != 0:
-            p.mul_(1 - lr * group["weight_decay"])
-        p.add_(direction, alpha=-lr)
-        directions.append(direction)
-    return directions
-
-
-def _multi_tensor_update(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None], group: dict[str, Any]
-) -> list[Tensor]:
-    """The same, with few kernels for all parameters."""
-    if not params:
-        return []
-    lr, momentum = float(group["lr"]), group["momentum"]
-    directions = list(torch._foreach_neg(grads)) if group["maximize"] else grads
-    if momentum != 0:
-        kept = [buffer for buffer in buffers if buffer is not None]
-        if kept:
-            fresh = [d for d, b in zip(directions, buffers, strict=True) if b is not None]
-            torch._foreach_mul_(kept, momentum)
-            torch._foreach_add_(kept, fresh, alpha=1 - group["dampening"])
-        for index, direction in enumerate(directions):
-            if buffers[index] is None:
-                buffers[index] = direction.detach().clone()
-        filled = [buffer for buffer in buffers if buffer is not None]
-        if group["nesterov"]:
-            directions = list(torch._foreach_add(directions, filled, alpha=momentum))
-        else:
-            directions = filled
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    torch._foreach_add_(params, directions, alpha=-lr)
-    return directions
+        """What copies and pickles carry of the preconditioner, beside the protected optimizer."""
+        own = {"tau": self.tau, "_preconditioner": self._preconditioner}
+        return {**super().__getstate__(), **own}

@@ -63,6 +63,12 @@ def protected_parameters(optimizer: Optimizer) -> list[Tensor]:
     return params
 
 
+def largest_learning_rate(optimizer: Optimizer) -> float:
+    """The largest learning rate of the protected groups."""
+    rates = [group["lr"] for group in optimizer.param_groups if group.get("protect", True)]
+    return max(float(rate) for rate in rates)
+
+
 def attach(
     optimizer: Optimizer, geometry: SafetyGeometry, on_refresh_error: OnRefreshError = "raise"
 ) -> None:
@@ -132,7 +138,7 @@ class _Protection:
         params = protected_parameters(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
         unmoved = closure is None and all(p.grad is None for p in params)
-        if unmoved or not _learning_rate(optimizer) > 0 or _skipped_by_scaler(optimizer):
+        if unmoved or not largest_learning_rate(optimizer) > 0 or _skipped_by_scaler(optimizer):
             return None
         self._check_span(params)
         if closure is None and not self._accepts(params):
@@ -160,7 +166,7 @@ class _Protection:
             return
         try:
             with at_average(optimizer, params, self._geometry):
-                self._geometry.after_step(params, _learning_rate(optimizer))
+                self._geometry.after_step(params, largest_learning_rate(optimizer))
         except Exception as error:
             self._report(error)
 
@@ -266,12 +272,6 @@ def _check_groups(optimizer: Optimizer) -> None:
             raise TypeError(
                 "params: complex and sparse parameters cannot be protected; use protect=False"
             )
-
-
-def _learning_rate(optimizer: Optimizer) -> float:
-    """The largest learning rate of the protected groups."""
-    rates = [group["lr"] for group in optimizer.param_groups if group.get("protect", True)]
-    return max(float(rate) for rate in rates)
 
 
 def _skipped_by_scaler(optimizer: Optimizer) -> bool:

@@ -50,7 +50,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -59,19 +59,21 @@ from torch.optim.optimizer import ParamsT
 
 from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
-from safeopt.curvature.subspace import SafetySubspace
-from safeopt.optim.config import Curvature, Mode, SafetyConfig
+from safeopt.optim.ascent import Ascent, SubspaceAscent, is_finite
+from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
 from safeopt.optim.geometry import Measurement, SafetyGeometry
 from safeopt.optim.holding import HeldParameters
-from safeopt.optim.protection import protected_parameters, restore
+from safeopt.optim.protection import (
+    OnRefreshError,
+    largest_learning_rate,
+    protected_parameters,
+    restore,
+)
 from safeopt.optim.safeguard import safeguard
-from safeopt.optim.wrapper import OptimizerWrapper
-from safeopt.per_example import row_dtype
+from safeopt.optim.wrapper import OptimizerWrapper, base_of
 from safeopt.probe import SafetyProbe
 
 Evaluation = Literal["two_pass", "lookahead"]
-Ascent = Literal["task", "safety"]
-_KEY = "sam"
 
 
 class SafetySAM(OptimizerWrapper):
@@ -135,6 +137,8 @@ class SafetySAM(OptimizerWrapper):
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
         basis: how U is stored.
         seed: of the order of the safety examples.
+        on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
+            or a gradient fails, see `safeopt.optim.protection`.
         **base_options: arguments of ``base_optimizer``: ``lr``, ….
 
     Attributes:
@@ -174,11 +178,12 @@ class SafetySAM(OptimizerWrapper):
         examples: int = SafetyConfig.examples,
         window: int = SafetyConfig.window,
         newton_damping: float = SafetyConfig.newton_damping,
-        restore_alignment: bool = SafetyConfig.restore,
+        restore_alignment: bool = SafetyConfig.restore_alignment,
         trial_examples: int = SafetyConfig.trial_examples,
         curvature: Curvature = SafetyConfig.curvature,
         basis: Storage = SafetyConfig.basis,
         seed: int = SafetyConfig.seed,
+        on_refresh_error: OnRefreshError = "raise",
         **base_options: Any,
     ) -> None:
         _check_arguments(rho, mode, ascent, beta, protection)
@@ -191,7 +196,7 @@ class SafetySAM(OptimizerWrapper):
             examples=examples,
             window=window,
             newton_damping=newton_damping,
-            restore=restore_alignment,
+            restore_alignment=restore_alignment,
             trial_examples=trial_examples,
             curvature=curvature,
             basis=basis,
@@ -199,9 +204,9 @@ class SafetySAM(OptimizerWrapper):
         )
         if damping == 0 and rho > 0:
             config = replace(config, mode="none", damping=1.0)
-        base = _base_of(params, base_optimizer, base_options)
+        base = base_of(params, base_optimizer, base_options)
         options = {name: getattr(config, name) for name in SafetyConfig.__dataclass_fields__}
-        super().__init__(safeguard(base, probe, **options))
+        super().__init__(safeguard(base, probe, on_refresh_error=on_refresh_error, **options))
         self.safety: SafetyGeometry = base.safety  # type: ignore[attr-defined]
         self.rho = float(rho)
         self.mode = mode
@@ -210,9 +215,8 @@ class SafetySAM(OptimizerWrapper):
         self.training = True
         self._held = HeldParameters()
         self._second_pass_made = False  # since the last step
-        # Uᵀg: the average of past ones in lookahead, the last one in two_pass; and what U it is.
-        self._momentum: Tensor | None = None
-        self._subspace: SafetySubspace | None = None
+        decay = self.beta if mode == "lookahead" else None
+        self._ascent = SubspaceAscent(self.safety, ascent, self.rho, decay)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step.
@@ -281,14 +285,8 @@ class SafetySAM(OptimizerWrapper):
         """
         self._return()
         measured = restore(self.base_optimizer, self.safety)
-        self._carry()
+        self._ascent.carry(self._params())
         return measured
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "SafetySAM cannot be pickled or copied: it holds its model through the probe. "
-            "Save state_dict(), and load it into a new optimizer"
-        )
 
     def _two_passes(self, closure: Callable[[], float] | None) -> float | None:
         loss, inside = None, None
@@ -304,17 +302,19 @@ class SafetySAM(OptimizerWrapper):
                 inside = self._inside()
                 with self._perturbed(inside), torch.enable_grad():
                     closure()
-        coupling, steps, subspace = self.safety.coupling, self.safety.step_count, self._subspace
-        self.base_optimizer.step()
-        self._second_pass_made = False
-        if self.safety.step_count > steps and subspace is not None and _is_finite(inside):
-            # The gradients that the base optimizer saw hold ρHε, and ε jumps from step to step.
-            if self._momentum is not None:
-                change = subspace.eigenvalues.abs().sqrt() * (inside - self._momentum)
-                coupling = float(change.norm()) / self._rate()
-            self.safety.coupling = coupling
-            self._momentum = inside
-        self._carry()
+        coupling, steps = self.safety.coupling, self.safety.step_count
+        try:
+            self.base_optimizer.step()
+        finally:
+            self._second_pass_made = False
+            if self.safety.step_count > steps and is_finite(inside):
+                # The gradients that the base optimizer saw hold ρHε; ε jumps from step to step.
+                change = self._ascent.change(inside)
+                if change is not None:
+                    coupling = change / largest_learning_rate(self)
+                self.safety.coupling = coupling
+                self._ascent.remember(inside)
+            self._ascent.carry(self._params())
         return loss
 
     def _one_pass(self, closure: Callable[[], float] | None) -> float | None:
@@ -325,21 +325,22 @@ class SafetySAM(OptimizerWrapper):
             )
         loss = None if closure is None else self._evaluated(closure)
         self._return()
+        steps = self.safety.step_count
         inside = None
-        if self.rho > 0 and self._moves():
-            self.safety.before_step(self._params())
-            inside = self._inside()
-        self.base_optimizer.step()
-        if _is_finite(inside):
-            past = torch.zeros_like(inside) if self._momentum is None else self._momentum
-            self._momentum = self.beta * past + (1 - self.beta) * inside
-        self._carry()
-        self._look_ahead()
+        try:
+            if self.rho > 0 and self._moves():
+                self.safety.before_step(self._params())
+                inside = self._inside()
+            self.base_optimizer.step()
+        finally:  # where the step or a refresh raises, the parameters are held again as well
+            if self.safety.step_count > steps and is_finite(inside):
+                self._ascent.remember(inside)
+            self._look_ahead()
         return loss
 
     def _evaluated(self, closure: Callable[[], float]) -> float:
         """The loss and its gradients; before the first step the aligned model is measured first."""
-        if self._rate() > 0:
+        if largest_learning_rate(self) > 0:
             self.safety.before_step(self._params())
         with torch.enable_grad():
             return closure()
@@ -347,7 +348,8 @@ class SafetySAM(OptimizerWrapper):
     @contextmanager
     def _perturbed(self, inside: Tensor | None) -> Iterator[None]:
         """The second of two passes: at θ + ε, without gradients at the beginning."""
-        self._hold(inside)
+        if inside is not None:
+            self._hold(self._ascent.perturbation(inside))
         try:
             self.zero_grad()
             yield
@@ -357,9 +359,7 @@ class SafetySAM(OptimizerWrapper):
 
     def _inside(self) -> Tensor | None:
         """Uᵀg of the loss that is minimised, shape ``(k,)``; None without a subspace."""
-        self._carry()
-        if self._subspace is None:
-            return None
+        self._ascent.carry(self._params())
         descends = {
             p: -1 if group.get("maximize", False) else 1
             for group in self.param_groups
@@ -370,26 +370,19 @@ class SafetySAM(OptimizerWrapper):
         ]
         if any(g is not None and g.is_sparse for g in gradients):
             raise TypeError("params: SafetySAM does not support sparse gradients")
-        return self._subspace.basis.coordinates(gradients)
+        return self._ascent.coordinates(gradients)
 
     def _look_ahead(self) -> None:
         """In training with ``lookahead``, hold the parameters at θ + ε."""
         if self.mode == "lookahead" and self.training and not self._held:
-            self._carry()
-            self._hold(self._momentum)
+            self._ascent.carry(self._params())
+            self._hold(self._ascent.perturbation())
 
-    def _hold(self, inside: Tensor | None) -> None:
+    def _hold(self, perturbation: Tensor | None) -> None:
         """Hold the parameters at θ + ε; they stay at θ where ε has no direction."""
-        subspace = self.safety.subspace
-        if subspace is None or self.rho == 0:
-            return
-        climbed = inside
-        if self.ascent == "safety":
-            position = self.safety.vectors()["position"]
-            assert position is not None
-            climbed = subspace.surrogate.slope(position)
-        if _is_finite(climbed) and bool(climbed.any()):
-            self._held.hold(subspace, self._params(), climbed * (self.rho / climbed.norm()))
+        if perturbation is not None:
+            assert self.safety.subspace is not None
+            self._held.hold(self.safety.subspace, self._params(), perturbation)
 
     def _return(self) -> None:
         """Return the parameters to θ, unless someone else has written to them."""
@@ -401,96 +394,31 @@ class SafetySAM(OptimizerWrapper):
                 "parameters, and train() afterwards"
             )
 
-    def _carry(self) -> None:
-        """After a refresh: the momentum's coordinates in the new basis, U_newᵀU_old m."""
-        old, new = self._subspace, self.safety.subspace
-        self._subspace = new
-        if self._momentum is None or old is None or new is None or old is new:
-            return
-        if self.mode == "two_pass":
-            self._momentum = None  # a difference of gradients needs both in the same basis
-            return
-        spread = [torch.zeros_like(p, dtype=row_dtype(p)) for p in self._params()]
-        old.basis.expand_into(spread, self._momentum)
-        self._momentum = new.basis.coordinates(spread)
-
     def _params(self) -> list[Tensor]:
         return protected_parameters(self.base_optimizer)
 
-    def _rate(self) -> float:
-        """The largest learning rate of the protected groups."""
-        return max(float(g["lr"]) for g in self.param_groups if g.get("protect", True))
-
     def _moves(self) -> bool:
         """Whether the next step moves protected parameters."""
-        return self._rate() > 0 and any(p.grad is not None for p in self._params())
+        return largest_learning_rate(self) > 0 and any(p.grad is not None for p in self._params())
 
     def _add_state(self, state: dict[str, Any]) -> None:
         if self.safety.active:
-            momentum = None if self._momentum is None else self._momentum.clone()
-            state[_KEY] = {"momentum": momentum}
+            self._ascent.add_state(state)
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        if not self.safety.active:
-            return
-        if not (isinstance(state.get(_KEY), dict) and "momentum" in state[_KEY]):
-            raise ValueError(
-                'state_dict: it has no "sam" entry with a "momentum"; it was not saved by SafetySAM'
-            )
-        momentum = state[_KEY]["momentum"]
-        if momentum is None:
-            return
-        if not (isinstance(momentum, Tensor) and bool(momentum.isfinite().all())):
-            raise ValueError('state_dict["sam"]["momentum"]: expected finite numbers')
-        safety = state.get("safety")
-        subspace = safety.get("subspace") if isinstance(safety, dict) else None
-        rank = len(subspace["eigenvalues"]) if subspace and "eigenvalues" in subspace else 0
-        if momentum.shape != (rank,):
-            raise ValueError(
-                f'state_dict["sam"]["momentum"]: shape {tuple(momentum.shape)}, expected ({rank},)'
-            )
+        if self.safety.active:
+            self._ascent.check_state(state)
 
     def _take_state(self, state: dict[str, Any]) -> None:
         self._held.release()  # parameters that were written to have been loaded already
-        self._subspace = self.safety.subspace
-        momentum = state[_KEY]["momentum"] if self.safety.active else None
-        self._momentum = None
-        if momentum is not None and self._subspace is not None:
-            self._momentum = momentum.detach().to(self._subspace.eigenvalues).clone()
-
-
-def _is_finite(values: Tensor | None) -> TypeGuard[Tensor]:
-    return values is not None and bool(values.isfinite().all())
-
-
-def _base_of(
-    params: ParamsT | Optimizer, base_optimizer: type[Optimizer], options: dict[str, Any]
-) -> Optimizer:
-    """The optimizer that is wrapped, given or built."""
-    if isinstance(params, Optimizer):
-        if options:
-            raise TypeError(
-                f"{', '.join(sorted(options))}: unknown, or an option of the base optimizer, which "
-                f"is given as params={type(params).__name__}; set it there"
-            )
-        return params
-    if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
-        raise TypeError(
-            f"base_optimizer={base_optimizer!r}: expected a class of torch.optim.Optimizer; an "
-            "optimizer that exists already takes the place of params"
-        )
-    return base_optimizer(params, **options)
+        if self.safety.active:
+            self._ascent.take_state(state)
 
 
 def _check_arguments(rho: float, mode: str, ascent: str, beta: float, protection: str) -> None:
-    for name, choice, choices in (
-        ("mode", mode, get_args(Evaluation)),
-        ("ascent", ascent, get_args(Ascent)),
-        ("protection", protection, get_args(Mode)),
-    ):
-        if choice not in choices:
-            listed = ", ".join(f'"{known}"' for known in choices)
-            raise ValueError(f'{name}="{choice}": expected one of {listed}')
+    one_of("mode", mode, get_args(Evaluation))
+    one_of("ascent", ascent, get_args(Ascent))
+    one_of("protection", protection, get_args(Mode))
     if not (isinstance(rho, (int, float)) and 0 <= rho < math.inf):
         raise ValueError(f"rho={rho!r}: expected the length of the perturbation, at least 0")
     if not (isinstance(beta, (int, float)) and 0 <= beta < 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 
 class OptimizerWrapper(Optimizer):
@@ -49,6 +50,14 @@ class OptimizerWrapper(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base_optimizer.defaults = defaults
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles carry: everything but hooks and schedulers, as torch does."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name != "step" and not name.startswith("_optimizer_")
+        }
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer."""
         self.base_optimizer.add_param_group(param_group)
@@ -87,3 +96,26 @@ class OptimizerWrapper(Optimizer):
 
     def _take_state(self, state: dict[str, Any]) -> None:
         """Continue from a checked state."""
+
+
+def base_of(
+    params: ParamsT | Optimizer, base_optimizer: type[Optimizer], options: dict[str, Any]
+) -> Optimizer:
+    """The optimizer that is wrapped: ``params`` itself, or one built from them.
+
+    Raises:
+        TypeError: for options beside an optimizer that exists already, or no optimizer class.
+    """
+    if isinstance(params, Optimizer):
+        if options:
+            raise TypeError(
+                f"{', '.join(sorted(options))}: unknown, or an option of the base optimizer, which "
+                f"is given as params={type(params).__name__}; set it there"
+            )
+        return params
+    if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+        raise TypeError(
+            f"base_optimizer={base_optimizer!r}: expected a class of torch.optim.Optimizer; an "
+            "optimizer that exists already takes the place of params"
+        )
+    return base_optimizer(params, **options)

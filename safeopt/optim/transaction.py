@@ -1,0 +1,42 @@
+"""A refresh happens as a whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from safeopt.optim.geometry import SafetyGeometry
+
+
+@contextmanager
+def whole_or_not_at_all(geometry: SafetyGeometry, params: Sequence[Tensor]) -> Iterator[None]:
+    """Where the block raises, parameters and geometry are as before, bit for bit.
+
+    Out of memory and Ctrl-C included. Safety passes that were made stay counted: they have cost
+    what they cost.
+
+    Memory: a copy of the parameters inside the block, small beside a refresh's per-example
+    gradients; moving back by the opposite step would leave a rounding error.
+    """
+    kept = [p.detach().clone() for p in params]
+    subspace, rota = geometry.subspace, geometry.rota
+    own, history = dict(vars(geometry)), list(geometry.history)
+    fields = None if subspace is None else dict(vars(subspace))
+    turns = {**vars(rota), "held_targets": rota.held_targets.clone()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for p, value in zip(params, kept, strict=True):
+                p.copy_(value)
+        vars(geometry).update(own)
+        geometry.history[:] = history
+        vars(rota).update(turns)
+        if fields is not None:
+            vars(subspace).update(fields)
+        raise
