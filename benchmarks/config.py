@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from benchmarks.methods import METHODS
+from benchmarks.methods import method_class
 
 CONFIGS = Path(__file__).parent / "configs"
 TINY = "tiny"
@@ -97,7 +97,7 @@ class MethodConfig(BaseModel):
     """One method and its own options, which stand beside these.
 
     Attributes:
-        name: a key of `benchmarks.methods.METHODS`.
+        name: as `benchmarks.methods.method_class` takes it.
         label: the name in the result; the same method may run twice under two labels.
         learning_rate: instead of the run's.
     """
@@ -110,8 +110,7 @@ class MethodConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in METHODS:
-            raise ValueError(f"no method has this name; known are {', '.join(METHODS)}")
+        method_class(name)
         return name
 
     @model_validator(mode="after")
@@ -124,7 +123,7 @@ class MethodConfig(BaseModel):
 
     def options(self) -> BaseModel:
         """The options that stand beside the name, as the method's own model."""
-        return METHODS[self.name].Options.model_validate(self.model_extra or {})
+        return method_class(self.name).Options.model_validate(self.model_extra or {})
 
     @property
     def key(self) -> str:

@@ -17,7 +17,7 @@ from benchmarks.data.datasets import labelled_refusals
 from benchmarks.environment import PeakMemory, environment
 from benchmarks.evaluation import Evaluator, Losses, Rates
 from benchmarks.judge import judge_quality
-from benchmarks.methods import METHODS, Setup
+from benchmarks.methods import Setup, method_class
 from benchmarks.models import load, trainable
 from benchmarks.records import Judge, Point, Record, Result, Span, read_result, write_result
 from benchmarks.tasks import batches, material, single_batches
@@ -120,7 +120,7 @@ class _Bench:
                 )
 
         with trainable(self.model, config.lora, seed) as (model, params), PeakMemory() as memory:
-            rival = METHODS[method.name](
+            rival = method_class(method.name)(
                 Setup(
                     model=model,
                     params=params,

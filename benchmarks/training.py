@@ -13,6 +13,7 @@ from benchmarks.methods import Method
 from benchmarks.methods.base import Batch
 from benchmarks.records import Passes, Point, Seconds, Tokens
 from benchmarks.tasks import task_loss
+from safeopt.losses import response_log_probs
 
 Listener = Callable[[int, float], None]
 
@@ -44,11 +45,17 @@ class _StepLoss:
         self.backward = 0
 
     def __call__(self) -> Tensor:
+        return self._counted(task_loss(self.model, self.batch))
+
+    def log_probs(self) -> tuple[Tensor, Tensor]:
+        log_probs, targets = response_log_probs(self.model, self.batch)
+        return self._counted(log_probs), targets
+
+    def _counted(self, output: Tensor) -> Tensor:
         self.forward += 1
-        loss = task_loss(self.model, self.batch)
-        if loss.requires_grad:
-            loss.register_hook(self._count_backward)
-        return loss
+        if output.requires_grad:
+            output.register_hook(self._count_backward)
+        return output
 
     def _count_backward(self, gradient: Tensor) -> None:
         self.backward += 1

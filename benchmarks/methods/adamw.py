@@ -30,10 +30,14 @@ class AdamW:
         loss.backward()
         self.after_backward()
         self.optimizer.step()
+        self.after_step()
         return float(loss.detach())
 
     def after_backward(self) -> None:
         """Where a method changes the gradient before the optimizer uses it."""
+
+    def after_step(self) -> None:
+        """Where a method changes the parameters after the optimizer has."""
 
     def evaluating(self) -> AbstractContextManager[None]:
         return nullcontext()

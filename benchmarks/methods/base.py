@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from safeopt import PassCounter
+from safeopt.data import collate
 
 Batch = Mapping[str, Tensor]
 
@@ -41,6 +45,23 @@ class SafetyCost:
         finally:
             self.seconds += perf_counter() - start
 
+    def add(self, batch: Batch, *, backward: bool) -> None:
+        """Count one pass over a batch: forward, and backward where there was one."""
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        self.forward += 1
+        self.forward_tokens += tokens
+        if backward:
+            self.backward += 1
+            self.backward_tokens += tokens
+
+    def add_passes(self, passes: PassCounter) -> None:
+        """Count what a `safeopt.SafetyProbe` has counted; the time is taken by `clock`."""
+        self.forward += passes.forward
+        self.backward += passes.backward
+        self.forward_tokens += passes.forward_tokens
+        self.backward_tokens += passes.backward_tokens
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -55,6 +76,8 @@ class Setup:
             that these are not refused; none of them is measured.
         learning_rate: of the base optimizer.
         seed: for whatever the method draws itself.
+        unaligned: returns the weights of the model before it was aligned, by their names in the
+            model without adapters; None where there is no such model.
     """
 
     model: nn.Module
@@ -63,6 +86,7 @@ class Setup:
     harmless: Sequence[Batch]
     learning_rate: float
     seed: int
+    unaligned: Callable[[], Mapping[str, Tensor]] | None = None
 
 
 class TaskLoss(Protocol):
@@ -72,6 +96,13 @@ class TaskLoss(Protocol):
 
     def __call__(self) -> Tensor:
         """Return the loss with its graph; the method decides what to do with it."""
+        ...
+
+    def log_probs(self) -> tuple[Tensor, Tensor]:
+        """As `safeopt.losses.response_log_probs`, for methods with a loss of their own.
+
+        It is one forward pass of the task, as a call is.
+        """
         ...
 
 
@@ -107,9 +138,6 @@ class Method(Protocol):
         ...
 
 
-Builder = Callable[[Setup, Any], Method]
-
-
 @dataclass
 class RoundRobin:
     """Hands out safety examples one after another, again from the start when all were used."""
@@ -122,3 +150,33 @@ class RoundRobin:
         example = self.examples[self.position % len(self.examples)]
         self.position += 1
         return example
+
+
+def joined(examples: Sequence[Batch], pad: int = 0) -> dict[str, Tensor]:
+    """Safety examples as one batch, padded on the left; shape ``(m, T)``."""
+    rows = [{name: tensor[0].tolist() for name, tensor in example.items()} for example in examples]
+    device = examples[0]["input_ids"].device
+    return {name: tensor.to(device) for name, tensor in collate(rows, pad, side="left").items()}
+
+
+def snapshot(params: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of the parameters as they are."""
+    return [p.detach().clone() for p in params]
+
+
+@contextmanager
+def holding(params: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters have these values inside, and their own again afterwards."""
+    own = snapshot(params)
+    write(params, values)
+    try:
+        yield
+    finally:
+        write(params, own)
+
+
+@torch.no_grad()
+def write(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into the parameters."""
+    for parameter, value in zip(params, values, strict=True):
+        parameter.copy_(value)
