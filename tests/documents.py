@@ -6,7 +6,7 @@ A page is a sequence of fenced blocks that share one namespace:
 - ```` ```python skip="why" ```` is not, and says why: it needs a GPU, a network, or the like;
 - ```` ```diff ```` of a Python script is executed twice, as it was and as it is.
 
-The world: a folder ``aligned-model`` (a tiny Llama and its tokenizer) and the files ``train.jsonl``,
+The world: a folder ``aligned-model`` (a tiny Llama, its tokenizer), the files ``train.jsonl``,
 ``prompts.jsonl`` and ``harmless.jsonl`` in the working directory; the names of `world`; and
 ``Trainer(..., x=y)``, where ``...`` stands for a model, arguments and a data set.
 """
@@ -59,7 +59,7 @@ class Block:
     def run(self, names: dict[str, Any], code: str | None = None) -> None:
         """Execute the block, or ``code`` in its place; a traceback shows the page's own lines."""
         source = "\n" * (self.line - 1) + (self.code if code is None else code)
-        exec(compile(source, str(self.page), "exec"), names)  # noqa: S102
+        exec(compile(source, str(self.page), "exec"), names)
 
 
 def blocks(page: Path) -> Iterator[Block]:
