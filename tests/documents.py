@@ -6,9 +6,9 @@ A page is a sequence of fenced blocks that share one namespace:
 - ```` ```python skip="why" ```` is not, and says why: it needs a GPU, a network, or the like;
 - ```` ```diff ```` of a Python script is executed twice, as it was and as it is.
 
-The world: a folder ``aligned-model`` (a tiny Llama, its tokenizer), the files ``train.jsonl``,
-``prompts.jsonl`` and ``harmless.jsonl`` in the working directory; the names of `world`; and
-``Trainer(..., x=y)``, where ``...`` stands for a model, arguments and a data set.
+The world: a folder ``aligned-model`` (a tiny Llama, its tokenizer) and the files ``train.jsonl``,
+``pairs.jsonl``, ``prompts.jsonl`` and ``harmless.jsonl`` in the working directory; the names of
+`world`; and ``Trainer(..., x=y)``, where ``...`` stands for a model, arguments and a data set.
 """
 
 from __future__ import annotations
@@ -95,15 +95,33 @@ def write_files(folder: Path) -> None:
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     model.save_pretrained(folder / "aligned-model")
     tokenizer.save_pretrained(folder / "aligned-model")
-    tasks = [{"prompt": f"w{i} w{i + 1}", "response": f"w{i + 2} w{i + 3}"} for i in range(4, 16)]
     files = {
-        "train": tasks,
+        "train": conversations(),
+        "pairs": preferences(),
         "prompts": [{"prompt": prompt, "response": REFUSAL} for prompt in HARMFUL],
         "harmless": [{"prompt": prompt} for prompt in HARMLESS],
     }
     for name, lines in files.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def conversations() -> list[dict[str, Any]]:
+    """The task: short questions with short answers."""
+    return [
+        {"messages": [{"role": "user", "content": f"w{i} w{i + 1}"}, *_said(f"w{i + 2} w{i + 3}")]}
+        for i in range(4, 16)
+    ]
+
+
+def preferences() -> list[dict[str, Any]]:
+    """The same answers, preferred to another one."""
+    turns = [line["messages"] for line in conversations()]
+    return [{"prompt": t[:1], "chosen": t[1:], "rejected": _said("w4 w5")} for t in turns]
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 def world() -> dict[str, Any]:

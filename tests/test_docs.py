@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
 from documents import Block, added, blocks, versions, world, write_files
+from transformers import training_args
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -22,6 +24,9 @@ def name(page: Path) -> str:
 def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # TRL's default is bf16, which Trainer takes on a CPU only where use_cpu=True is set.
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
     names = world()
     for block in blocks(page):
         if block.skipped is not None:

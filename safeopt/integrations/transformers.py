@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from safeopt.integrations.versions import require
+
+require("transformers", "accelerate")
+
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safeopt.optim.geometry import Measurement, SafetyGeometry

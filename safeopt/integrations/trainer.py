@@ -1,0 +1,190 @@
+"""Protection for a Hugging Face Trainer that exists already, and for TRL's trainers.
+
+Two lines protect a script; `protect` finds the model, the tokenizer and the optimizer in it::
+
+    trainer = SFTTrainer(...)                    # as before
+    protect(trainer, "harmful_prompts.jsonl")
+    trainer.train()
+
+`optimizer_cls_and_kwargs` gives Trainer's argument of that name where the probe is made by hand,
+`SafetyTrainerMixin` makes `SafetySAM`'s second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+
+from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
+from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
+from safeopt.probe import SafetyProbe
+from safeopt.safety_examples import read_safety_batches
+
+
+def protect(
+    trainer: Trainer,
+    safety: SafetyProbe | str | Path,
+    *,
+    harmless: str | Path | None = None,
+    optimizer: str | None = None,
+    **options: Any,
+) -> SafetyCallback:
+    """Protect a Trainer that has not trained yet.
+
+    Args:
+        trainer: a Trainer, TRL's SFTTrainer or DPOTrainer, or another that derives from it. The
+            optimizer that it was given, or would create from its arguments, is protected.
+        safety: JSON lines with harmful prompts (where a line has no response, the model's own
+            refusal is taken), or a probe whose model is the trainer's.
+        harmless: JSON lines with prompts that must not become refused; with a file only.
+        optimizer: a name from `safeopt.optimizers` to take the place of the trainer's optimizer.
+        **options: of that optimizer, otherwise of `safeopt.safeguard`: ``rank``, ``budget``, ….
+
+    Returns:
+        The callback, which restores alignment before checkpoints and at the end.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        TypeError: if ``mode="two_pass"`` is asked of a trainer without `SafetyTrainerMixin`, or an
+            option is unknown.
+        ValueError: if a file is malformed, there is nothing to protect, or ``optimizer`` is given
+            although the trainer has an optimizer.
+
+    Cost: an answer of 32 tokens for each prompt that has no response; then as `ProjectedAdamW`.
+    """
+    probe = safety if isinstance(safety, SafetyProbe) else _probe(trainer, safety, harmless)
+    if isinstance(safety, SafetyProbe) and harmless is not None:
+        raise ValueError("harmless: a probe was given; give it the harmless prompts as held=")
+    if options.get("mode") == "two_pass" and not isinstance(trainer, SafetyTrainerMixin):
+        raise TypeError(
+            f'mode="two_pass": {type(trainer).__name__} makes one pass a step; derive it from '
+            'SafetyTrainerMixin, or use mode="lookahead"'
+        )
+    given = trainer.optimizer
+    if given is not None:
+        if optimizer is not None:
+            raise ValueError(
+                f'optimizer="{optimizer}": the trainer has {type(given).__name__} already; leave '
+                "one of them out"
+            )
+        safeguard(given, probe, **options)
+    elif optimizer is None and trainer.optimizer_cls_and_kwargs is not None:
+        build, arguments = trainer.optimizer_cls_and_kwargs
+        trainer.optimizer_cls_and_kwargs = (_guarded(build, probe, options), arguments)
+    else:
+        trainer.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(
+            trainer.args, probe, optimizer, model=trainer.model, **options
+        )
+    return install(trainer)
+
+
+def optimizer_cls_and_kwargs(
+    args: TrainingArguments,
+    probe: SafetyProbe,
+    optimizer: str | None = None,
+    *,
+    model: Any = None,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """The value of Trainer's argument of this name: a protected optimizer by training arguments.
+
+    Args:
+        args: learning rate, betas, epsilon and weight decay are taken from here.
+        probe: the safety examples.
+        optimizer: a name from `safeopt.optimizers`; by default ``args.optim``, safeguarded.
+        model: for optimizers of ``args.optim`` that look at the model (GaLore, LOMO, …).
+        **options: of the optimizer, or of `safeopt.safeguard`.
+
+    Returns:
+        What builds the optimizer from groups of parameters, and its keyword arguments.
+
+    Raises:
+        ValueError: if ``optimizer`` is unknown.
+    """
+    if optimizer is None:
+        build, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return _guarded(build, probe, options), arguments
+    known = optimizers()
+    if optimizer not in known:
+        raise ValueError(f'optimizer="{optimizer}": expected one of {", ".join(known)}')
+    cls = known[optimizer].cls
+    chosen: dict[str, Any] = {"lr": args.learning_rate, "probe": probe}
+    if not issubclass(cls, PreconditionedSGD):
+        chosen |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return cls, chosen | options
+
+
+class SafetyTrainerMixin:
+    """Makes the second pass of ``SafetySAM(mode="two_pass")`` in any Trainer.
+
+    Put it before the trainer's class; with other optimizers it changes nothing::
+
+        class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
+            pass
+
+    The micro-batches of a step are kept on their device until the last one, then run again at
+    θ + ε. Gradients are clipped after that; ε depends on their direction only. What a trainer logs
+    during a pass (TRL's token accuracy) averages both passes; the loss is that of the first.
+
+    Cost: twice the passes, and the memory of the step's micro-batches.
+    """
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Run a micro-batch and, where it is the step's last, all of them again at θ + ε."""
+        run: Callable[..., Tensor] = super().training_step  # type: ignore[misc]
+        optimizer = unwrapped(getattr(self, "optimizer", None))
+        if not (isinstance(optimizer, SafetySAM) and optimizer.mode == "two_pass"):
+            return run(model, inputs, *args)
+        kept: list[dict[str, Any]] = self.__dict__.setdefault("_micro_batches", [])
+        kept.append(dict(inputs))  # some trainers take entries out
+        loss = run(model, inputs, *args)
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        if accelerator.sync_gradients:
+            with optimizer.second_pass():
+                for index, batch in enumerate(kept):
+                    last = index == len(kept) - 1
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        run(model, batch, *args)
+            kept.clear()
+        return loss
+
+
+def _probe(trainer: Trainer, safety: str | Path, harmless: str | Path | None) -> SafetyProbe:
+    model: Any = trainer.model
+    tokenizer = trainer.processing_class
+    if tokenizer is None:
+        raise ValueError(
+            "trainer: it has no tokenizer to read the prompts with; give it "
+            "processing_class=tokenizer, or give a SafetyProbe"
+        )
+    batches, held = read_safety_batches(model, tokenizer, safety, harmless)
+    return SafetyProbe(model, batches, held=held)
+
+
+def _guarded(build: Any, probe: SafetyProbe, options: dict[str, Any]) -> Any:
+    """What builds the same optimizer, safeguarded, and looks like ``build`` to Trainer.
+
+    Trainer tells optimizer classes from factories, which are called twice: with nothing, and then
+    with the model.
+    """
+    if not isinstance(build, type):
+
+        def factory() -> Callable[..., Optimizer]:
+            inner = build()
+            return lambda model, **kwargs: safeguard(inner(model, **kwargs), probe, **options)
+
+        return factory
+
+    class Guarded(build):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            # An instance of ``build`` itself, so that copies and pickles find its class.
+            return safeguard(build(*args, **kwargs), probe, **options)
+
+    Guarded.__name__, Guarded.__module__ = build.__name__, build.__module__
+    return Guarded

@@ -1,0 +1,89 @@
+"""Safety examples from files: harmful prompts with refusals, the given ones or the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from safeopt.data import ChatExample, collate, encode, read_examples
+from safeopt.refusals import generate, is_refusal
+
+# Below this share of refusals a model is not aligned in the sense of the probe.
+_LEAST_REFUSED = 0.25
+
+
+def read_safety_batches(
+    model: Any,
+    tokenizer: Any,
+    safety: str | Path,
+    harmless: str | Path | None = None,
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Safety batches for a `SafetyProbe` from JSON lines, see `safeopt.data`.
+
+    Args:
+        model: the aligned model; it answers the prompts that come without a response.
+        tokenizer: its tokenizer, with a chat template.
+        safety: harmful prompts.
+        harmless: prompts that must not become refused.
+
+    Returns:
+        The batches of `SafetyProbe`'s ``batches`` and of its ``held``, one example each.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is malformed, or the model does not refuse the prompts.
+    """
+    examples = with_refusals(
+        model, tokenizer, read_examples(safety, need_response=False), str(safety)
+    )
+    held = [] if harmless is None else read_examples(harmless, need_response=False)
+    refused = [example.answered(str(examples[0].response)) for example in held]
+    return as_batches(tokenizer, examples), as_batches(tokenizer, refused)
+
+
+def with_refusals(
+    model: Any, tokenizer: Any, examples: Sequence[ChatExample], source: str
+) -> list[ChatExample]:
+    """The examples with refusals: the given ones, then those that the model refuses by itself.
+
+    Args:
+        model: the aligned model.
+        tokenizer: its tokenizer.
+        examples: harmful prompts, with or without a response.
+        source: where they come from, for messages.
+
+    Raises:
+        ValueError: if the model refuses too few of the prompts without a response, or one of them
+            is a longer conversation.
+    """
+    given = [example for example in examples if example.response is not None]
+    asked = [example for example in examples if example.response is None]
+    for example in asked:
+        if len(example.prompt) > 1:
+            raise ValueError(
+                f"safety: a conversation of {len(example.prompt)} messages in {source} has "
+                "no response; give the refusal, or the user's message alone"
+            )
+    prompts = [example.prompt[-1]["content"] for example in asked]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=32) if asked else []
+    own = [
+        example.answered(answer)
+        for example, answer in zip(asked, answers, strict=True)
+        if is_refusal(answer)
+    ]
+    if len(own) < _LEAST_REFUSED * len(asked):
+        raise ValueError(
+            f"safety: the model refuses only {len(own)} of the {len(asked)} prompts in "
+            f"{source}; there is nothing to protect. Use an aligned model, or prompts that "
+            "it refuses"
+        )
+    return given + own
+
+
+def as_batches(tokenizer: Any, examples: Sequence[ChatExample]) -> list[dict[str, Tensor]]:
+    """One left-padded batch for each example."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return [collate([encode(tokenizer, example)], pad, side="left") for example in examples]

@@ -1,0 +1,340 @@
+"""Whole runs with Trainer: `protect`, its optimizers, resuming, and what users switch on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from documents import HARMFUL, HARMLESS, REFUSAL, write_files
+from safetensors.torch import load_file
+from tiny_models import tiny_llama, tiny_tokenizer, trainable, with_lora
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
+from safeopt.data import safety_batches
+from safeopt.integrations.trainer import SafetyTrainerMixin, optimizer_cls_and_kwargs, protect
+from safeopt.integrations.transformers import SafetyCallback, safety_of, unwrapped
+
+
+class SafetyTrainer(SafetyTrainerMixin, Trainer):
+    pass
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        ids = (torch.arange(6) * (index + 3)) % 30 + 4
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def tiny_probe(model, **options):
+    return SafetyProbe(
+        model, safety_batches(tiny_tokenizer(), HARMFUL, [REFUSAL] * len(HARMFUL)), **options
+    )
+
+
+def build(folder, cls=SafetyTrainer, *, model=None, callbacks=(), protected=None, **options):
+    """An unprotected Trainer of four optimizer steps."""
+    choices = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return cls(
+        model=with_lora(tiny_llama()) if model is None else model,
+        args=TrainingArguments(output_dir=str(folder), **(choices | options)),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        processing_class=tiny_tokenizer(),
+        callbacks=list(callbacks),
+        **(protected or {}),
+    )
+
+
+def guarded(folder, optimizer=None, *, options=(), **choices):
+    """A protected Trainer."""
+    trainer = build(folder, **choices)
+    protect(trainer, tiny_probe(trainer.model), optimizer=optimizer, rank=4, **dict(options))
+    return trainer
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainable(trainer.model)]
+
+
+def base_optimizer(trainer):
+    return unwrapped(trainer.optimizer)
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_files(tmp_path)
+    return tmp_path
+
+
+def test_protect_reads_files_and_keeps_trainers_optimizer(files):
+    trainer = build(files / "out")
+    callback = protect(trainer, files / "prompts.jsonl", harmless=files / "harmless.jsonl", rank=4)
+    trainer.train()
+    optimizer = base_optimizer(trainer)
+    assert type(optimizer) is torch.optim.AdamW
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0]
+    assert len(safety_of(optimizer).probe) == len(HARMFUL)
+    assert safety_of(optimizer).held_count == len(HARMLESS)
+    assert callback.last.step == 4
+    assert "alignment_loss" in trainer.state.log_history[0]
+    assert optimizer.param_groups[0]["lr"] < 1e-2, "the scheduler acts on the same optimizer"
+
+
+@pytest.mark.parametrize("name", ["projected-adamw", "safety-sam", "preconditioned-sgd"])
+def test_each_optimizer_takes_the_training_arguments(tmp_path, name):
+    choices = {"weight_decay": 0.1, "adam_beta1": 0.8, "lr_scheduler_type": "constant"}
+    trainer = guarded(tmp_path, name, **choices)
+    trainer.train()
+    group = base_optimizer(trainer).param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1e-2, 0.1)
+    if name != "preconditioned-sgd":
+        assert group["betas"][0] == 0.8
+    assert safety_of(base_optimizer(trainer)).step_count == 4
+
+
+def test_a_given_optimizer_and_given_class_are_protected(tmp_path):
+    model = with_lora(tiny_llama())
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    first = build(tmp_path, model=model, protected={"optimizers": (optimizer, None)})
+    protect(first, tiny_probe(model), rank=4)
+    assert safety_of(optimizer).config.rank == 4
+    second = build(tmp_path, protected={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})})
+    protect(second, tiny_probe(second.model), rank=4)
+    second.train()
+    assert type(base_optimizer(second)) is torch.optim.SGD
+    assert safety_of(base_optimizer(second)).step_count == 4
+
+
+def test_the_factory_fits_trainers_own_argument(tmp_path):
+    model = with_lora(tiny_llama())
+    args = TrainingArguments(str(tmp_path), learning_rate=3e-3)
+    pair = optimizer_cls_and_kwargs(args, tiny_probe(model), "projected-adamw", rank=4)
+    trainer = build(
+        tmp_path,
+        model=model,
+        protected={"optimizer_cls_and_kwargs": pair},
+        callbacks=[SafetyCallback()],
+    )
+    trainer.train()
+    assert type(base_optimizer(trainer)) is ProjectedAdamW
+
+
+def test_a_factory_of_transformers_is_protected_as_well(tmp_path):
+    pytest.importorskip("transformers.trainer_optimizer", reason="transformers 4 has no factories")
+
+    def factory():
+        return lambda model, lr: torch.optim.SGD(trainable(model), lr=lr)
+
+    trainer = build(tmp_path, protected={"optimizer_cls_and_kwargs": (factory, {"lr": 0.1})})
+    protect(trainer, tiny_probe(trainer.model), rank=3)
+    trainer.train()
+    assert safety_of(base_optimizer(trainer)).config.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adam"}, 'optimizer="adam": expected one of projected-adamw'),
+        ({"harmless": "x.jsonl"}, "harmless: a probe was given"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, options, message):
+    trainer = build(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        protect(trainer, tiny_probe(trainer.model), **options)
+    assert trainer.optimizer_cls_and_kwargs is None
+
+
+def test_two_passes_need_the_mixin(tmp_path):
+    trainer = build(tmp_path, Trainer)
+    with pytest.raises(TypeError, match="derive it from SafetyTrainerMixin"):
+        protect(trainer, tiny_probe(trainer.model), optimizer="safety-sam", mode="two_pass")
+
+
+class Count:
+    """Counts a model's forward passes in training."""
+
+    def __init__(self, model):
+        self.count = 0
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, model, args):
+        self.count += model.training
+
+
+def test_two_passes_with_accumulation_equal_a_loop_by_hand(tmp_path):
+    model = with_lora(tiny_llama())
+    trainer = build(
+        tmp_path, model=model, gradient_accumulation_steps=2, max_grad_norm=0.5, max_steps=3,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    twin = copy.deepcopy(model)
+    protect(trainer, tiny_probe(model), optimizer="safety-sam", rank=4, rho=0.05, mode="two_pass")
+    count = Count(model)
+    batches = [dict(batch) for batch in trainer.get_train_dataloader()]
+    trainer.train()
+    assert count.count == 3 * 2 * 2
+
+    optimizer = SafetySAM(
+        [{"params": trainable(twin)}], probe=tiny_probe(twin), rank=4, rho=0.05, mode="two_pass",
+        lr=1e-2, weight_decay=0.0,
+    )  # fmt: skip
+    twin.train()
+    for step in range(3):
+        micro = batches[2 * step : 2 * step + 2]
+
+        def closure(micro=micro):
+            optimizer.zero_grad()
+            tokens = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)
+            for batch in micro:
+                twin(**batch, num_items_in_batch=tokens).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable(twin), 0.5)
+            return 0.0
+
+        optimizer.step(closure)
+    optimizer.restore()
+    for left, right in zip(weights(trainer), trainable(twin), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+TWO_PASS = {"mode": "two_pass"}
+KINDS = {
+    "safeguard": (None, {}),
+    "ProjectedAdamW": ("projected-adamw", {}),
+    "PreconditionedSGD": ("preconditioned-sgd", {}),
+    "SafetySAM lookahead": ("safety-sam", {}),
+    "SafetySAM two_pass": ("safety-sam", TWO_PASS),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@kinds
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
+    name, options = KINDS[kind]
+    choices = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2,
+        "options": options | {"refresh": RefreshPolicy.fixed(2)},
+    }  # fmt: skip
+    whole = guarded(tmp_path, name, **choices)
+    whole.train()
+    resumed = guarded(tmp_path, name, **choices)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert safety_of(base_optimizer(resumed)).history == safety_of(base_optimizer(whole)).history
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
+
+
+class Recorder(TrainerCallback):
+    """Copies the parameters when Trainer's evaluation runs, and when it saves."""
+
+    def __init__(self):
+        self.evaluated, self.saved = {}, {}
+
+    def on_prediction_step(self, args, state, control, model, **kwargs):
+        self.evaluated[state.global_step] = [p.detach().clone() for p in trainable(model)]
+
+    def on_save(self, args, state, control, model, **kwargs):
+        self.saved[state.global_step] = [p.detach().clone() for p in trainable(model)]
+
+
+def adapter_file(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return [tensors[name] for name in sorted(tensors)]
+
+
+def adapter_weights(trainer):
+    named = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return [named[name].detach() for name in sorted(named)]
+
+
+def test_lookahead_evaluates_and_saves_unperturbed_parameters(tmp_path):
+    recorder = Recorder()
+    trainer = guarded(
+        tmp_path, "safety-sam", options={"rho": 0.5}, callbacks=[recorder], max_steps=4,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    optimizer_held = []
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        optimizer = base_optimizer(trainer)
+        with optimizer.unperturbed():
+            optimizer_held.append([p.detach().clone() for p in trainable(trainer.model)])
+        moved = zip(optimizer_held[-1], trainable(trainer.model), strict=True)
+        if trainer.state.global_step:
+            assert any(not torch.equal(a, b) for a, b in moved), "trains at θ + ε"
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train()
+    for at in (1, 3):  # what was evaluated after a step is what the next step starts from
+        assert all(map(torch.equal, recorder.evaluated[at], optimizer_held[at]))
+    for at in (2, 4):
+        assert all(map(torch.equal, recorder.evaluated[at], recorder.saved[at]))
+
+
+def test_the_best_model_is_loaded_as_it_was_saved(tmp_path):
+    trainer = guarded(
+        tmp_path, "safety-sam", max_steps=6, learning_rate=0.3, lr_scheduler_type="constant",
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert all(map(torch.equal, adapter_weights(trainer), adapter_file(best)))
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
+    plain = guarded(tmp_path)
+    plain.train()
+    saving = guarded(
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    saving.train()
+    for left, right in zip(weights(plain), weights(saving), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiling_changes_nothing(tmp_path):
+    plain = guarded(tmp_path)
+    plain.train()
+    torch._dynamo.utils.counters.clear()
+    compiled = guarded(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for left, right in zip(weights(plain), weights(compiled), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["safeguard", "SafetySAM two_pass"])
+def test_mixed_precision_trains_float32_parameters(tmp_path, kind):
+    name, options = KINDS[kind]
+    trainer = guarded(tmp_path, name, options=options, bf16=True)
+    seen = []
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}, "the task's passes and the probe's alike"
+    assert {p.dtype for p in trainable(trainer.model)} == {torch.float32}
+    assert safety_of(base_optimizer(trainer)).step_count == 4
