@@ -84,7 +84,7 @@ def test_protection_changes_what_is_trained(tmp_path):
         trainer = build(tmp_path, "SFT")
         probe = SafetyProbe(trainer.model, [safety_batch()])
         callback = protect(
-            trainer, probe, rank=4, refresh=RefreshPolicy.fixed(100), restore=False,
+            trainer, probe, rank=4, refresh=RefreshPolicy.fixed(100), restore_alignment=False,
             mode="project" if protected else "none", trial_examples=1,
         )  # fmt: skip
         seen = []

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 
-from safeopt.data import ChatExample, collate, encode, read_examples
+from safeopt.data import encode, read_examples
 from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.probe import SafetyProbe
-from safeopt.refusals import generate, is_refusal
+from safeopt.safety_examples import as_batches, with_refusals
 
-# Below this share of refusals a model is not aligned in the sense of the probe.
-_LEAST_REFUSED = 0.25
 # Above this NLL per token the given refusals are not what the model would say.
 _HIGHEST_NLL = 2.0
 
@@ -116,17 +114,17 @@ def load_inputs(config: InputConfig) -> Inputs:
         raise ValueError(
             f"max_length={config.max_length}: no response of {config.train} is left; raise it"
         )
-    refusals, used = _refusals(model, tokenizer, safety, config)
+    refusals = with_refusals(model, tokenizer, safety, str(config.safety))
     if not config.full:
         model = get_peft_model(model, _lora(model, config))
     model.train()
     probe = SafetyProbe(
         model,
-        _batches(tokenizer, refusals),
-        held=_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
+        as_batches(tokenizer, refusals),
+        held=as_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
     )
     loss = _aligned_loss(probe, config)
-    return Inputs(model, tokenizer, rows, probe, (used, len(safety)), loss)
+    return Inputs(model, tokenizer, rows, probe, (len(refusals), len(safety)), loss)
 
 
 def alignment_loss(probe: SafetyProbe) -> float:
@@ -154,34 +152,6 @@ def _lora(model: Any, config: InputConfig) -> Any:
     )
 
 
-def _refusals(
-    model: Any, tokenizer: Any, safety: list[ChatExample], config: InputConfig
-) -> tuple[list[ChatExample], int]:
-    """Safety examples with refusals: the given ones, or the model's own where it refuses."""
-    given = [example for example in safety if example.response is not None]
-    asked = [example for example in safety if example.response is None]
-    for example in asked:
-        if len(example.prompt) > 1:
-            raise ValueError(
-                f"safety: a conversation of {len(example.prompt)} messages in {config.safety} has "
-                "no response; give the refusal, or the user's message alone"
-            )
-    prompts = [example.prompt[-1]["content"] for example in asked]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=32) if asked else []
-    own = [
-        example.answered(answer)
-        for example, answer in zip(asked, answers, strict=True)
-        if is_refusal(answer)
-    ]
-    if len(own) < _LEAST_REFUSED * len(asked):
-        raise ValueError(
-            f"safety: the model refuses only {len(own)} of the {len(asked)} prompts in "
-            f"{config.safety}; there is nothing to protect. Use an aligned model, or prompts that "
-            "it refuses"
-        )
-    return given + own, len(given) + len(own)
-
-
 def _aligned_loss(probe: SafetyProbe, config: InputConfig) -> float:
     """The alignment loss before training, where there is something to protect."""
     nll = alignment_loss(probe)
@@ -192,8 +162,3 @@ def _aligned_loss(probe: SafetyProbe, config: InputConfig) -> float:
             "protect. Leave the responses out to use the model's own refusals"
         )
     return nll
-
-
-def _batches(tokenizer: Any, examples: list[ChatExample]) -> list[dict[str, torch.Tensor]]:
-    rows = [encode(tokenizer, example) for example in examples]
-    return [collate([row], tokenizer.pad_token_id, side="left") for row in rows]
