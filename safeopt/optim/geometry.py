@@ -17,22 +17,21 @@ takes a damped Gauss-Newton step back inside the subspace (`safeopt.curvature.wi
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safeopt.curvature import surrogate as maps
-from safeopt.curvature.bases import choose_basis
-from safeopt.curvature.subspace import SafetySubspace, updated_subspace
+from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import SafetyConfig
+from safeopt.optim.estimate import estimate
 from safeopt.optim.examples import ExampleRota
+from safeopt.optim.measurement import Measurement, finite
 from safeopt.optim.transaction import whole_or_not_at_all
 from safeopt.probe import PassCounter, SafetyProbe
-from safeopt.rows import DenseRows, GradientRows
 
 logger = logging.getLogger("safeopt")
 
@@ -44,26 +43,6 @@ _SOON = 16
 _ROUNDS = 1
 # The least number of safety examples in a refresh.
 _FEWEST = 2
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One look at the alignment loss.
-
-    Attributes:
-        step: optimizer steps taken before it.
-        alignment_loss: mean over the examples drawn, before any restoring.
-        predicted: what the surrogate expected there; None at the first look.
-        restored_to: what is expected of these examples after restoring or, where the trial
-            examples were run again, their loss; None where nothing was restored.
-        examples: number of safety examples drawn.
-    """
-
-    step: int
-    alignment_loss: float
-    predicted: float | None
-    restored_to: float | None
-    examples: int
 
 
 class SafetyGeometry:
@@ -105,7 +84,6 @@ class SafetyGeometry:
         self.coupling: float | None = None
         self.step_count = 0
         self.last_refresh = 0
-        self._kind = ""  # of the basis
         self._checked = 0  # the step at which `restore` last ran to its end
         self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
         self._position = torch.zeros(0, dtype=torch.float64)  # c after the last step
@@ -143,7 +121,7 @@ class SafetyGeometry:
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
-            self._trial_reference = _finite(self.probe.value(self.rota.trial))
+            self._trial_reference = finite(self.probe.value(self.rota.trial))
             self._estimate(params, self._count(0))
             first, trial = self.history[-1], len(self.rota.trial)
             total = self._trial_reference * trial + first.alignment_loss * first.examples
@@ -200,7 +178,7 @@ class SafetyGeometry:
         assert self._trial_reference is not None
         limit = self._trial_reference + self.config.budget
         if trial is None:
-            trial = _finite(self.probe.value(self.rota.trial))
+            trial = finite(self.probe.value(self.rota.trial))
         for _ in range(_ROUNDS):
             if trial > limit:
                 trial = self._refresh(params, search=True, trial=trial)
@@ -344,38 +322,15 @@ class SafetyGeometry:
         return min(max(steps, _FEWEST), self.config.examples)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> int:
-        """Draw examples, measure the alignment loss and renew the subspace at ``params``.
+        """Measure the alignment loss on new examples and renew the subspace at ``params``.
 
         Returns:
             The number of examples drawn, safety and held ones.
         """
-        own = {id(p) for p in self.probe.model.parameters()}
-        foreign = sum(id(p) not in own for p in params)
-        if foreign:
-            raise ValueError(
-                f"params: {foreign} of {len(params)} protected parameters do not belong to the "
-                "probe's model; give the probe the model that is trained"
-            )
         predicted = self.predicted
-        look = self.rota.next(count)
-        losses, rows = self._gradients(params, look.indices)
-        _finite(float(losses.sum()))
-        tokens = self.probe.response_tokens(look.indices)
-        targets = self.rota.targets(look, losses, tokens)
-        if self.config.curvature == "random":
-            rows = self._random_rows(rows)
-        self.subspace = updated_subspace(
-            self.subspace,
-            params,
-            rows,
-            losses,
-            tokens,
-            targets,
-            rank=self.config.rank,
-            window=self.config.window,
-            kind=self._kind,
+        self.subspace, look = estimate(
+            self.subspace, params, self.probe, self.rota, self.config, count
         )
-        self.rota.advance(look, targets)
         self.last_refresh = self.step_count
         self._position = torch.zeros_like(self.subspace.anchor)
         self._taken_back = torch.zeros_like(self.subspace.anchor)
@@ -396,7 +351,7 @@ class SafetyGeometry:
         assert self.subspace is not None
         assert self._trial_reference is not None
         trial = self.rota.trial
-        before = _finite(self.probe.value(trial)) if before is None else before
+        before = finite(self.probe.value(trial)) if before is None else before
         # Where the trial examples have lost nothing, the step need not improve them.
         limit = max(before, self._trial_reference + self.config.budget)
         tried = 0.0
@@ -408,38 +363,3 @@ class SafetyGeometry:
                 return length * step, value
         self.subspace.shift(params, -tried * step)
         return torch.zeros_like(step), before
-
-    def _gradients(
-        self, params: Sequence[Tensor], indices: Sequence[int]
-    ) -> tuple[Tensor, GradientRows]:
-        """Losses and gradients of examples, in the storage that the basis is made from."""
-        if self.subspace is None:
-            config = self.config
-            self._kind = choose_basis(config.basis, params, config.rank, self.probe.model)
-        else:
-            self._kind = self.subspace.basis.kind
-        if self._kind in ("factored", "compressed"):
-            return self.probe.factored(params, indices)
-        losses, rows = self.probe.per_example(params, indices)
-        return losses, DenseRows(rows)
-
-    def _random_rows(self, rows: GradientRows) -> GradientRows:
-        """Rows of the same lengths in random directions: the control experiment."""
-        generator = torch.Generator().manual_seed(self.config.seed + self.rota.drawn)
-        noise = rows.noise(generator)
-        lengths = (rows.products().diagonal() / noise.products().diagonal()).sqrt()
-        return noise.scaled(lengths)
-
-
-def _finite(loss: float) -> float:
-    """A safety loss that can be used.
-
-    Raises:
-        FloatingPointError: if it is not finite.
-    """
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the safety loss is {loss}, not a finite number: the model's outputs on the safety "
-            "examples have overflowed; lower the learning rate, or train in float32 or bfloat16"
-        )
-    return loss

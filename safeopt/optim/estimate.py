@@ -1,0 +1,92 @@
+"""One estimate of the safety subspace: draw examples, look at them, renew the subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from safeopt.curvature.bases import choose_basis
+from safeopt.curvature.subspace import SafetySubspace, updated_subspace
+from safeopt.optim.config import SafetyConfig
+from safeopt.optim.examples import ExampleRota, Look
+from safeopt.optim.measurement import finite
+from safeopt.probe import SafetyProbe
+from safeopt.rows import DenseRows, GradientRows
+
+
+def estimate(
+    previous: SafetySubspace | None,
+    params: Sequence[Tensor],
+    probe: SafetyProbe,
+    rota: ExampleRota,
+    config: SafetyConfig,
+    count: int,
+) -> tuple[SafetySubspace, Look]:
+    """Renew the subspace at ``params`` from the examples whose turn it is; their turn ends.
+
+    Args:
+        previous: the last estimate; None at the start.
+        params: the protected parameters.
+        probe: the examples.
+        rota: whose turn it is.
+        config: rank, window, storage and curvature.
+        count: number of safety examples; as many held ones join them.
+
+    Returns:
+        The subspace, and the examples that were drawn. Cost: one forward and one backward pass on
+        them.
+
+    Raises:
+        ValueError: if a parameter does not belong to the probe's model.
+        FloatingPointError: if a loss is not finite.
+    """
+    own = {id(p) for p in probe.model.parameters()}
+    foreign = sum(id(p) not in own for p in params)
+    if foreign:
+        raise ValueError(
+            f"params: {foreign} of {len(params)} protected parameters do not belong to the "
+            "probe's model; give the probe the model that is trained"
+        )
+    if previous is None:
+        kind = choose_basis(config.basis, params, config.rank, probe.model)
+    else:
+        kind = previous.basis.kind
+    look = rota.next(count)
+    losses, rows = _gradients(probe, params, look.indices, kind)
+    finite(float(losses.sum()))
+    tokens = probe.response_tokens(look.indices)
+    targets = rota.targets(look, losses, tokens)
+    if config.curvature == "random":
+        rows = _random(rows, config.seed + rota.drawn)
+    subspace = updated_subspace(
+        previous,
+        params,
+        rows,
+        losses,
+        tokens,
+        targets,
+        rank=config.rank,
+        window=config.window,
+        kind=kind,
+    )
+    rota.advance(look, targets)
+    return subspace, look
+
+
+def _gradients(
+    probe: SafetyProbe, params: Sequence[Tensor], indices: Sequence[int], kind: str
+) -> tuple[Tensor, GradientRows]:
+    """Losses and gradients of examples, in the storage that the basis is made from."""
+    if kind in ("factored", "compressed"):
+        return probe.factored(params, indices)
+    losses, rows = probe.per_example(params, indices)
+    return losses, DenseRows(rows)
+
+
+def _random(rows: GradientRows, seed: int) -> GradientRows:
+    """Rows of the same lengths in random directions: the control experiment."""
+    noise = rows.noise(torch.Generator().manual_seed(seed))
+    lengths = (rows.products().diagonal() / noise.products().diagonal()).sqrt()
+    return noise.scaled(lengths)
