@@ -77,6 +77,20 @@ class ReferenceKL:
             kept = targets[row] != IGNORE
             self._reference[key] = (top[row, kept].clone(), index[row, kept].clone())
 
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """The cached reference of each example, as plain tensors on their devices."""
+        return [
+            {"input_ids": torch.tensor(key), "log_probs": top.clone(), "tokens": index.clone()}
+            for key, (top, index) in self._reference.items()
+        ]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put what `state_dict` returned in the place of the cached reference."""
+        self._reference = {
+            tuple(entry["input_ids"].tolist()): (entry["log_probs"], entry["tokens"])
+            for entry in state
+        }
+
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return KL(π_θ₀ ‖ π_θ), mean over the refusal tokens, in nats; shape ``(m,)``.
 

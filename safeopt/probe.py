@@ -8,7 +8,7 @@ random state, train/eval mode and hooks are as before, also when something raise
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -228,6 +228,49 @@ class SafetyProbe:
                 self._verified = True
                 parts.append((positions, losses, rows))
         return in_order(parts)
+
+    def reference(self) -> list[dict[str, Tensor]] | None:
+        """What a checkpoint must carry of the reference model, see `restore_reference`.
+
+        Returns:
+            The cached log-probabilities of each example for ``loss="kl"``; None for other losses
+            and before the probe's first use.
+        """
+        if isinstance(self.loss, ReferenceKL) and self._reference_cached:
+            return self.loss.state_dict()
+        return None
+
+    def check_reference(self, stored: Sequence[Mapping[str, Tensor]] | None) -> None:
+        """Refuse a stored reference that is not one of this probe's examples; changes nothing.
+
+        Raises:
+            ValueError: if ``loss="kl"`` and there is none for some example: the model as it is now
+                has been fine-tuned, so it cannot be looked at again.
+        """
+        if not isinstance(self.loss, ReferenceKL):
+            return
+        known = {tuple(entry["input_ids"].tolist()) for entry in stored or ()}
+        needed = {tuple(example["input_ids"].tolist()) for example in self._examples}
+        if missing := len(needed - known):
+            raise ValueError(
+                f'reference: it lacks {missing} of the probe\'s {len(needed)} examples, and with '
+                'loss="kl" the aligned model\'s outputs are needed; build the probe with the '
+                "examples of the saved run"
+            )
+
+    def restore_reference(self, stored: Sequence[Mapping[str, Tensor]] | None) -> None:
+        """Measure against a stored reference model from now on, not against the present one.
+
+        Args:
+            stored: what `reference` returned at the time of the checkpoint.
+
+        Raises:
+            ValueError: see `check_reference`.
+        """
+        self.check_reference(stored)
+        if isinstance(self.loss, ReferenceKL) and stored is not None:
+            self.loss.load_state_dict(stored)
+            self._reference_cached = True
 
     def _prepare_for(self, params: Sequence[Tensor]) -> None:
         """Forget which parameters need the loop over examples if these are others than before."""

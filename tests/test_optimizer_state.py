@@ -3,13 +3,14 @@
 import copy
 import io
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
 from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, run
-from tiny_models import tiny_llama, trainable, with_lora
+from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 
-from safeopt import RefreshPolicy
+from safeopt import RefreshPolicy, SafetyProbe
 
 names = pytest.mark.parametrize("name", OPTIMIZERS)
 OPTIONS = {"refresh": RefreshPolicy.fixed(4), "held": True, "budget": 0.0}
@@ -241,6 +242,27 @@ def test_state_of_a_probe_with_other_held_examples_is_refused():
         _, other = build("ProjectedAdamW", held=given)
         with pytest.raises(ValueError, match="held examples, the probe now has"):
             other.load_state_dict(optimizer.state_dict())
+
+
+def test_the_reference_of_a_kl_probe_travels_with_the_state():
+    """A resumed run measures against the aligned model, not against the one it resumes from."""
+
+    def start(seed=0):
+        model = tiny_llama(layers=1)
+        probe = SafetyProbe(model, [safety_batch(), safety_batch(seed=seed)], "kl")
+        return build("ProjectedAdamW", model=model, probe=probe, refresh=RefreshPolicy.fixed(4))
+
+    model, optimizer = start(1)
+    run(model, optimizer, 6)
+    again, fresh = resumed(model, optimizer, partial(start, 1))
+    run(model, optimizer, 4, start=6)
+    run(again, fresh, 4, start=6)
+    assert fresh.safety.measured > 1e-4
+    assert_same_run(optimizer.safety, fresh.safety)
+    _, other = start(2)
+    with pytest.raises(ValueError, match="kl_reference.*lacks 5 of the probe's 10 examples"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.safety.probe.reference() is None
 
 
 def test_protection_can_be_switched_off_when_resuming():

@@ -97,11 +97,6 @@ class SafetyGeometry:
         return self.config.damping > 0
 
     @property
-    def held_count(self) -> int:
-        """Number of held examples."""
-        return self.probe.held_count
-
-    @property
     def passes(self) -> PassCounter:
         """Safety passes made so far."""
         return self.probe.passes

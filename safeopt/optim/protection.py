@@ -182,7 +182,7 @@ class _Protection:
                 "and the alignment loss before fine-tuning is not known. Start from the aligned "
                 "model, or from a checkpoint of a protected run"
             )
-        check_state(state[_KEY], protected_parameters(optimizer), self._geometry.held_count)
+        check_state(state[_KEY], protected_parameters(optimizer), self._geometry.probe)
         self._checked = state[_KEY]
 
     def load(self, optimizer: Optimizer) -> None:

@@ -19,12 +19,12 @@ from safeopt.curvature.bases import basis_from_state
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
-from safeopt.probe import PassCounter
+from safeopt.probe import PassCounter, SafetyProbe
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
-VERSION = 2
+VERSION = 3
 _COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn", "checked")
 _NUMBERS = ("reference", "trial_reference", "coupling")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
@@ -52,6 +52,7 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
         **geometry.counters(),
         "passes": geometry.passes.as_dict(),
         "history": [list(asdict(entry).values()) for entry in geometry.history],
+        "kl_reference": geometry.probe.reference(),
         "subspace": None,
     }
     if subspace is not None:
@@ -68,13 +69,13 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
     return state
 
 
-def check_state(state: Mapping[str, Any], params: Sequence[Tensor], held: int) -> None:
+def check_state(state: Mapping[str, Any], params: Sequence[Tensor], probe: SafetyProbe) -> None:
     """Refuse a state that is truncated, tampered with, of another model or of another probe.
 
     Args:
         state: what `pack_state` returned, before it was saved.
         params: the protected parameters.
-        held: number of held examples in use.
+        probe: the examples in use.
 
     Raises:
         ValueError: naming the entry that does not fit.
@@ -82,7 +83,7 @@ def check_state(state: Mapping[str, Any], params: Sequence[Tensor], held: int) -
     if not isinstance(state, Mapping) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f'state_dict["safety"]: version {found}; this safeopt reads {VERSION}')
-    missing = {*_COUNTS, *_NUMBERS, "history", "passes", "subspace"} - set(state)
+    missing = {*_COUNTS, *_NUMBERS, "history", "passes", "kl_reference", "subspace"} - set(state)
     if missing:
         raise ValueError(f'state_dict["safety"]: {", ".join(sorted(missing))} is missing')
     for name in _COUNTS:
@@ -94,12 +95,16 @@ def check_state(state: Mapping[str, Any], params: Sequence[Tensor], held: int) -
     if set(state["passes"]) != set(PassCounter().as_dict()):
         raise ValueError('state_dict["safety"]["passes"]: its entries are not those of PassCounter')
     if state["subspace"] is not None:
+        try:
+            probe.check_reference(state["kl_reference"])
+        except ValueError as error:
+            raise ValueError(f'state_dict["safety"]["kl_reference"]: {error}') from error
         _check_subspace(state["subspace"], params)
         saved = len(state["subspace"]["held_targets"])
-        if saved != held:
+        if saved != probe.held_count:
             raise ValueError(
                 f'state_dict["safety"]: it was saved with {saved} held examples, the probe now has '
-                f"{held}; build the probe with the examples of the saved run"
+                f"{probe.held_count}; build the probe with the examples of the saved run"
             )
 
 
@@ -173,6 +178,7 @@ def load_state(
             "held_targets": small["held_targets"],
             **{name: _copy(stored[name], device) for name in _OPTIONAL},
         }
+        geometry.probe.restore_reference(state["kl_reference"])
     for name, value in state["passes"].items():
         setattr(geometry.passes, name, value)
     geometry.resume(state, subspace, vectors)
