@@ -253,7 +253,7 @@ class SafetyProbe:
         needed = {tuple(example["input_ids"].tolist()) for example in self._examples}
         if missing := len(needed - known):
             raise ValueError(
-                f'reference: it lacks {missing} of the probe\'s {len(needed)} examples, and with '
+                f"reference: it lacks {missing} of the probe's {len(needed)} examples, and with "
                 'loss="kl" the aligned model\'s outputs are needed; build the probe with the '
                 "examples of the saved run"
             )

@@ -260,7 +260,7 @@ def test_the_reference_of_a_kl_probe_travels_with_the_state():
     assert fresh.safety.measured > 1e-4
     assert_same_run(optimizer.safety, fresh.safety)
     _, other = start(2)
-    with pytest.raises(ValueError, match="kl_reference.*lacks 5 of the probe's 10 examples"):
+    with pytest.raises(ValueError, match=r"kl_reference.*lacks 5 of the probe's 10 examples"):
         other.load_state_dict(optimizer.state_dict())
     assert other.safety.probe.reference() is None
 
