@@ -11,7 +11,8 @@ from safeopt.optim import (
     safeguard,
 )
 from safeopt.optim.config import SafetyConfig
-from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.measurement import Measurement
 from safeopt.probe import PassCounter, SafetyProbe
 
 __version__ = "0.1.0"

@@ -10,7 +10,8 @@ require("transformers", "accelerate")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.measurement import Measurement
 
 
 class SafetyLog(TrainerCallback):

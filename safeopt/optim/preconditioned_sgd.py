@@ -48,7 +48,8 @@ from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
-from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.measurement import Measurement
 from safeopt.optim.preconditioner import Indefinite, SafetyPreconditioner
 from safeopt.optim.protection import OnRefreshError, attach, protected_parameters, restore
 from safeopt.optim.sgd_update import multi_tensor_update, single_tensor_update

@@ -9,7 +9,8 @@ from torch.optim.optimizer import ParamsT
 from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.config import Curvature, Mode, SafetyConfig
-from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.measurement import Measurement
 from safeopt.optim.protection import OnRefreshError, attach, restore
 from safeopt.probe import SafetyProbe
 

@@ -37,7 +37,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.measurement import Measurement
 from safeopt.optim.schedule_free import at_average
 from safeopt.optim.state import check_state, load_state, pack_state
 

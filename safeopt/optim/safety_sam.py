@@ -61,8 +61,9 @@ from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.ascent import Ascent, SubspaceAscent, is_finite
 from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
-from safeopt.optim.geometry import Measurement, SafetyGeometry
+from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.holding import HeldParameters
+from safeopt.optim.measurement import Measurement
 from safeopt.optim.protection import (
     OnRefreshError,
     largest_learning_rate,
