@@ -1,6 +1,7 @@
 """safeopt: fine-tune an aligned language model without losing its alignment."""
 
 from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.diagnostics.monitor import SafetyMonitor
 from safeopt.losses import ReferenceKL, refusal_nll
 from safeopt.optim import (
     OptimizerInfo,
@@ -27,6 +28,7 @@ __all__ = [
     "RefreshPolicy",
     "SafetyConfig",
     "SafetyGeometry",
+    "SafetyMonitor",
     "SafetyProbe",
     "SafetySAM",
     "optimizers",

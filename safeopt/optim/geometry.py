@@ -58,6 +58,8 @@ class SafetyGeometry:
             of the first look; None before the first step.
         history: all measurements, oldest first.
         coupling: γ_t, see `observe_gradient`; None before two steps on one subspace.
+        update: Uᵀu, the base optimizer's last step inside the subspace, before it was mapped; shape
+            ``(k,)``, None before the first step.
         step_count: optimizer steps seen.
         last_refresh: the step after which the subspace was last estimated.
 
@@ -82,6 +84,7 @@ class SafetyGeometry:
         self.reference: float | None = None
         self.history: list[Measurement] = []
         self.coupling: float | None = None
+        self.update: Tensor | None = None
         self.step_count = 0
         self.last_refresh = 0
         self._checked = 0  # the step at which `restore` last ran to its end
@@ -134,8 +137,10 @@ class SafetyGeometry:
         self.step_count += 1
         self.observe_gradient([p.grad for p in params], learning_rate)
         c = self.subspace.coordinates(params)
+        self.update = c - self._position
         mapped = self._map(c)
-        self.subspace.shift(params, mapped - c)
+        if mapped is not c:  # mode "none" moves nothing
+            self.subspace.shift(params, mapped - c)
         self._taken_back = self._taken_back + (c - mapped)
         self._position = mapped
         if self.config.refresh.due(self.step_count, self.last_refresh, self._drift()):

@@ -64,6 +64,23 @@ def protected_parameters(optimizer: Optimizer) -> list[Tensor]:
     return params
 
 
+def is_inert(
+    optimizer: Optimizer, params: Sequence[Tensor], closure: Callable[[], Any] | None
+) -> bool:
+    """Whether the step that begins will move no protected parameter.
+
+    Args:
+        optimizer: about to take it.
+        params: its `protected_parameters`.
+        closure: what was passed to ``step``.
+    """
+    unmoved = closure is None and all(p.grad is None for p in params)
+    found = getattr(optimizer, "found_inf", None)  # a fused step under a `GradScaler` moves nothing
+    return (
+        unmoved or not largest_learning_rate(optimizer) > 0 or (found is not None and bool(found))
+    )
+
+
 def largest_learning_rate(optimizer: Optimizer) -> float:
     """The largest learning rate of the protected groups."""
     rates = [group["lr"] for group in optimizer.param_groups if group.get("protect", True)]
@@ -138,8 +155,7 @@ class _Protection:
         _check_groups(optimizer)
         params = protected_parameters(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
-        unmoved = closure is None and all(p.grad is None for p in params)
-        if unmoved or not largest_learning_rate(optimizer) > 0 or _skipped_by_scaler(optimizer):
+        if is_inert(optimizer, params, closure):
             return None
         self._check_span(params)
         if closure is None and not self._accepts(params):
@@ -273,12 +289,6 @@ def _check_groups(optimizer: Optimizer) -> None:
             raise TypeError(
                 "params: complex and sparse parameters cannot be protected; use protect=False"
             )
-
-
-def _skipped_by_scaler(optimizer: Optimizer) -> bool:
-    """Whether a fused step under a `GradScaler` will find an overflow and move nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -1,0 +1,1 @@
+"""Know before, watch during, prove after: diagnostics of a fine-tuning run."""

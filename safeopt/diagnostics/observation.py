@@ -1,0 +1,182 @@
+"""Observation: what the safety subspace says about a run, step by step.
+
+A protected optimizer brings its subspace. Beside any other one a `SafetyGeometry` of its own is
+kept with ``mode="none"``: it is estimated and refreshed by the same code that protects, and moves
+nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from safeopt.curvature.subspace import SafetySubspace
+from safeopt.optim.config import SafetyConfig
+from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.protection import is_inert, largest_learning_rate, protected_parameters
+from safeopt.probe import SafetyProbe
+
+logger = logging.getLogger("safeopt")
+
+
+class Observation:
+    """Follows an optimizer by its step hooks and changes nothing.
+
+    Args:
+        optimizer: protected or not; of `SafetySAM` the base optimizer, whose parameters are θ.
+        probe: safety examples for a subspace of its own.
+        examples: how many of them are kept out of that subspace.
+        every: steps between two values of ``overlap``, each of which needs a copy of the
+            parameters while the step is taken.
+        seed: of the order of the safety examples.
+        on_start: called once, before the first step that moves parameters.
+
+    Attributes:
+        geometry: the subspace, its schedule and the coupling.
+        steps: steps seen that moved parameters.
+        overlap: ‖Uᵀu‖/‖u‖ of the base optimizer's step u, None before the first.
+        subspace_drift: share of the safety curvature outside of the subspace of the estimate
+            before, at the last refresh; None before the first.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        probe: SafetyProbe,
+        *,
+        examples: int,
+        every: int,
+        seed: int,
+        on_start: Callable[[], None],
+    ) -> None:
+        geometry: SafetyGeometry | None = getattr(optimizer, "safety", None)
+        self._own = geometry is None or not geometry.active
+        if geometry is None or self._own:
+            config = SafetyConfig(
+                mode="none", restore_alignment=False, trial_examples=examples, seed=seed
+            )
+            geometry = SafetyGeometry(probe, config)
+        self.geometry = geometry
+        self.steps = 0
+        self.overlap: float | None = None
+        self.subspace_drift: float | None = None
+        self._every = every
+        self._on_start = on_start
+        self._started = False
+        self._params: list[Tensor] = []
+        self._moving = False  # whether the present step moves parameters
+        self._subspace: SafetySubspace | None = None  # before the present step
+        self._copies: list[Tensor] | None = None  # of the parameters, likewise
+        self._marked: tuple[SafetySubspace | None, float] = (None, 0.0)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def close(self) -> None:
+        """Follow the optimizer no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def mark(self) -> None:
+        """The alignment loss was measured here: `rise` counts from now on."""
+        self._marked = (self.geometry.subspace, self.geometry.predicted or 0.0)
+
+    @property
+    def rise(self) -> float | None:
+        """The surrogate's rise of the alignment loss since `mark`; None on another subspace."""
+        subspace, before = self._marked
+        predicted = self.geometry.predicted
+        if predicted is None or subspace is not self.geometry.subspace:
+            return None
+        return predicted - before
+
+    def save(self) -> Any:
+        """What `load` needs. Nothing is copied but k-vectors: a subspace that moves nothing stays.
+
+        None where the optimizer's own state holds the geometry.
+        """
+        geometry = self.geometry
+        if not self._own:
+            return None
+        history = [[*vars(entry).values()] for entry in geometry.history]
+        vectors = {k: None if v is None else v.clone() for k, v in geometry.vectors().items()}
+        return {**geometry.counters(), "history": history}, geometry.subspace, vectors
+
+    def load(self, saved: Any) -> None:
+        """Go back to where `save` was called."""
+        if saved is not None:
+            state, subspace, vectors = saved
+            self.geometry.resume(
+                state, subspace, {k: None if v is None else v.clone() for k, v in vectors.items()}
+            )
+
+    @_disable_dynamo
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        params = protected_parameters(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
+        self._moving = not is_inert(optimizer, params, closure)
+        if not self._moving:
+            return
+        self._params = params
+        if self._own:
+            self.geometry.before_step(params)
+        if not self._started:
+            self._started = True
+            self._on_start()
+        self._subspace = self.geometry.subspace
+        if (self.steps + 1) % self._every == 0:
+            self._copies = [p.detach().clone() for p in params]
+
+    @_disable_dynamo
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._moving or all(p.grad is None for p in self._params):
+            return
+        self.steps += 1
+        if self._own:
+            try:
+                self.geometry.after_step(self._params, largest_learning_rate(optimizer))
+            except Exception as error:  # who only watches stops nobody: the next look will tell
+                logger.warning("the safety subspace cannot be estimated (%s)", error)
+        before, now = self._subspace, self.geometry.subspace
+        if before is not None and now is not None:
+            if now is not before:
+                self.subspace_drift = outside(before, now)
+            elif self._copies is not None:
+                self.overlap = self._ratio(now, self._copies)
+        self._subspace = self._copies = None
+
+    def _ratio(self, subspace: SafetySubspace, before: Sequence[Tensor]) -> float | None:
+        """‖Uᵀu‖/‖u‖ of the base optimizer's step, from the step that is left of it.
+
+        A protected step is u with another part inside the subspace; outside they are equal.
+        """
+        inside = self.geometry.update
+        assert inside is not None
+        moved = [p.detach() - copy for p, copy in zip(self._params, before, strict=True)]
+        whole = sum(float(m.to(torch.float64).square().sum()) for m in moved)
+        left = float(subspace.basis.coordinates(moved).square().sum())
+        pushed = float(inside.square().sum())
+        length = math.sqrt(max(whole - left, 0.0) + pushed)
+        return math.sqrt(pushed) / length if length > 0 else None
+
+
+def outside(before: SafetySubspace, now: SafetySubspace) -> float:
+    """Share of the present curvature outside of an earlier subspace, in [0, 1].
+
+    1 − Σ_j λ_j ‖U_beforeᵀu_j‖² / Σ_j λ_j: 0 where the subspace has not turned. Cost: 2·k²·n
+    operations.
+    """
+    total = now.eigenvalues.sum()
+    if now.rank == 0 or not float(total) > 0:
+        return 0.0
+    kept = before.basis.inner(now.basis).square().sum(0)
+    share = float((now.eigenvalues * kept).sum() / total)
+    return min(max(1 - share, 0.0), 1.0)

@@ -1,0 +1,158 @@
+"""Snapshot: a training run as it stands after a step, kept in memory and put back exactly.
+
+It holds what decides how the run goes on: the optimizer's parameters, the model's buffers, the
+optimizer's state (with the safety geometry of a protected one), schedulers and whatever else has a
+``state_dict``, and all random states. It does not hold the data's position: batches that were used
+are not used again.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from safeopt.optim.schedule_free import is_schedule_free
+
+
+class Stateful(Protocol):
+    """A scheduler, a `GradScaler`, a sampler, …: anything whose state can be put back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Continue from a state."""
+
+
+class Snapshot:
+    """A copy of a run's state.
+
+    Args:
+        model: whose buffers are kept.
+        optimizer: whose parameters and state are kept; a `SafetySAM` is seen unperturbed.
+        others: schedulers and the like.
+
+    Memory: the trained parameters and the optimizer's state once more, on their devices: three
+    numbers a parameter for AdamW, and the basis of a protected optimizer.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, others: Sequence[Stateful] = ()
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._others = list(others)
+        with unperturbed(optimizer):
+            self._params = _copies(_parameters(optimizer))
+            self._buffers = _copies(list(model.buffers()))
+            self._state = copy.deepcopy(optimizer.state_dict())
+            self._other_states = [copy.deepcopy(x.state_dict()) for x in self._others]
+        self._random = _random_state()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back, bit for bit; gradients are cleared. It can be called repeatedly."""
+        with unperturbed(self._optimizer):
+            self._optimizer.zero_grad()
+            for tensor, saved in (*self._params, *self._buffers):
+                tensor.copy_(saved)
+            self._optimizer.load_state_dict(copy.deepcopy(self._state))
+            for other, state in zip(self._others, self._other_states, strict=True):
+                other.load_state_dict(copy.deepcopy(state))
+        _set_random_state(self._random)
+
+
+def lower_learning_rate(optimizer: Optimizer, others: Sequence[Stateful], factor: float) -> None:
+    """Multiply the learning rate, now and in every scheduler's plan.
+
+    Schedulers compute rates from the last one, or from the base rate that they and the groups keep;
+    all of these are multiplied, so that the whole remaining schedule is.
+
+    Args:
+        optimizer: its groups' rates.
+        others: the schedulers among them have ``base_lrs``; nested ones are found.
+        factor: positive.
+    """
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if name in group:
+                rate = group[name]
+                group[name] = rate.mul_(factor) if isinstance(rate, Tensor) else rate * factor
+    for scheduler in _schedulers(others):
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        scheduler._last_lr = [rate * factor for rate in scheduler._last_lr]
+
+
+@contextmanager
+def unperturbed(optimizer: Optimizer) -> Iterator[None]:
+    """The parameters of a `SafetySAM` are θ inside; nothing changes for other optimizers."""
+    if hasattr(optimizer, "unperturbed"):
+        with optimizer.unperturbed():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def deployed(optimizer: Optimizer) -> Iterator[None]:
+    """The parameters are those that would be saved; outside they are as before, bit for bit.
+
+    That is θ for `SafetySAM`, and the average for schedule-free optimizers.
+    """
+    if not is_schedule_free(optimizer) or not optimizer.param_groups[0]["train_mode"]:
+        with unperturbed(optimizer):
+            yield
+        return
+    params = _copies(_parameters(optimizer))
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for p, copy_ in params:  # the way there and back leaves a rounding error
+                p.copy_(copy_)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+def _schedulers(candidates: Sequence[Any]) -> Iterator[Any]:
+    """Schedulers with rates of their own, also those inside of others."""
+    for candidate in candidates:
+        inner = getattr(candidate, "_schedulers", None)  # SequentialLR, ChainedScheduler
+        if inner is None:
+            inner = [candidate.scheduler] if hasattr(candidate, "scheduler") else []  # Accelerate's
+        yield from _schedulers(inner)
+        if hasattr(candidate, "base_lrs") and not hasattr(candidate, "scheduler"):
+            yield candidate
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - the global state is what is to be kept
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
