@@ -21,11 +21,14 @@ from benchmarks.methods.ewc import EWC
 from benchmarks.methods.kl_reference import KLReference
 from benchmarks.methods.l2_reference import L2Reference
 from benchmarks.methods.lisa import Lisa
+from benchmarks.methods.preconditioned_sgd import PreconditionedSGDMethod
 from benchmarks.methods.projected_adamw import ProjectedAdamWMethod
 from benchmarks.methods.random_subspace import RandomSubspace
 from benchmarks.methods.replay import Replay
 from benchmarks.methods.safegrad import SafeGrad
+from benchmarks.methods.safeguard import SafeguardMethod
 from benchmarks.methods.safelora import SafeLoRA
+from benchmarks.methods.safety_sam import SafetySAMMethod
 from benchmarks.methods.sam import ASAM, SAM
 from benchmarks.methods.static_projection import StaticProjection
 from benchmarks.methods.task_hessian import TaskHessian
@@ -52,6 +55,9 @@ METHODS: dict[str, type[Method]] = {
     "asam": ASAM,
     "ten_examples": TenExamples,
     "projected_adamw": ProjectedAdamWMethod,
+    "safety_sam": SafetySAMMethod,
+    "preconditioned_sgd": PreconditionedSGDMethod,
+    "safeguard": SafeguardMethod,
 }
 
 

@@ -37,13 +37,13 @@ class SafetyCost:
     seconds: float = 0.0
 
     @contextmanager
-    def clock(self) -> Iterator[None]:
-        """Add the time of the block to ``seconds``."""
+    def clock(self, sign: int = 1) -> Iterator[None]:
+        """Add the time of the block to ``seconds``; with ``sign=-1`` take it off again."""
         start = perf_counter()
         try:
             yield
         finally:
-            self.seconds += perf_counter() - start
+            self.seconds += sign * (perf_counter() - start)
 
     def add(self, batch: Batch, *, backward: bool) -> None:
         """Count one pass over a batch: forward, and backward where there was one."""

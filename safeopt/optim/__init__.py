@@ -26,24 +26,33 @@ class OptimizerInfo:
     """One line of the table of optimizers.
 
     Attributes:
-        cls: the optimizer class; all take ``probe`` and the safety arguments as keywords.
+        cls: the optimizer class; all take ``params``, ``lr``, ``weight_decay``, ``probe`` and the
+            safety arguments of `SafetyConfig` as keywords.
         summary: what it does, in one line.
+        needs: what it asks of the training loop and of the user, beyond AdamW.
     """
 
     cls: type[Optimizer]
     summary: str
+    needs: str
 
 
 def optimizers() -> dict[str, OptimizerInfo]:
     """The optimizers of this package by the name that the command line uses."""
     return {
         "projected-adamw": OptimizerInfo(
-            ProjectedAdamW, "AdamW, then a proximal step in the safety subspace"
+            ProjectedAdamW,
+            "AdamW, then a proximal step in the safety subspace",
+            "nothing",
         ),
         "safety-sam": OptimizerInfo(
-            SafetySAM, "AdamW at a point displaced inside the safety subspace, then the same step"
+            SafetySAM,
+            "AdamW at a point displaced inside the safety subspace, then the same step",
+            "eval() before the model is evaluated, train() afterwards (Trainer calls them)",
         ),
         "preconditioned-sgd": OptimizerInfo(
-            PreconditionedSGD, "SGD divided by the safety curvature, (I + UΛUᵀ/τ)⁻¹"
+            PreconditionedSGD,
+            "SGD divided by the safety curvature, (I + UΛUᵀ/τ)⁻¹",
+            "a learning rate of SGD's size",
         ),
     }
