@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Columns multiplied in the rows' own dtype; the products of these chunks are summed in float64.
-_CHUNK = 1 << 14
+COLUMNS = 1 << 14
 
 
 class GradientRows(Protocol):
@@ -113,10 +113,10 @@ def flat_products(left: Tensor, right: Tensor) -> Tensor:
 
     float32 alone loses three digits over ten million columns.
     """
-    whole = left.shape[1] // _CHUNK * _CHUNK
+    whole = left.shape[1] // COLUMNS * COLUMNS
     total = (left[:, whole:] @ right[:, whole:].T).to(torch.float64)
     if whole:
-        a, b = (x[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1) for x in (left, right))
+        a, b = (x[:, :whole].unflatten(1, (-1, COLUMNS)).transpose(0, 1) for x in (left, right))
         total += (a @ b.transpose(1, 2)).sum(0, dtype=torch.float64)
     return total
 

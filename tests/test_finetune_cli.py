@@ -3,16 +3,43 @@
 # ruff: noqa: F401, F811
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_finetune import arguments, config, files  # the fixture `files` is shared
 from typer.testing import CliRunner
 
 from safeopt.cli import app
 from safeopt.finetuning import prepare, run
+from safeopt.optim import optimizers
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_every_optimizer_of_the_table_trains_and_resumes(name, files, tmp_path):
+    rate = "0.2" if optimizers()[name].needs.startswith("a learning rate") else "2e-3"
+    chosen = ("--optimizer", name, "--learning-rate", rate)
+    done = CliRunner().invoke(
+        app, arguments(files, tmp_path / "whole", *chosen), catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert report["config"]["optimizer"] == name
+    assert {m["step"] for m in report["measurements"]} >= {0, 4, 8}
+    losses = [entry["loss"] for entry in report["log"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    short = config(files, tmp_path / "cut", optimizer=name, learning_rate=float(rate), max_steps=8)
+    steps = []
+    run(prepare(short), lambda progress: steps.append(progress.step), lambda: len(steps) == 3)
+    run(prepare(dataclasses.replace(short, resume=True)))
+    ends = [
+        load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors")
+        for folder in ("whole", "cut")
+    ]
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
 
 
 def test_overwriting_leaves_nothing_of_the_run_before(files, tmp_path):

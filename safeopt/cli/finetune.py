@@ -20,6 +20,7 @@ from rich.text import Text
 
 from safeopt.cli.console import console, readable_errors, say
 from safeopt.finetuning.config import FinetuneConfig
+from safeopt.optim import optimizers
 
 _DEFAULTS = FinetuneConfig  # one source for the defaults of library and command line
 
@@ -36,7 +37,7 @@ def finetune(
         Path | None, typer.Option(help="Jinja file, for a model that has no chat template.")
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="projected-adamw, or adamw for comparison.")
+        str, typer.Option(help=f"{', '.join(optimizers())}, or adamw for comparison.")
     ] = _DEFAULTS.optimizer,
     full: Annotated[bool, typer.Option("--full", help="Train all parameters, no LoRA.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = _DEFAULTS.lora_rank,

@@ -8,8 +8,8 @@ named by `Basis`, so that the optimizers do not know how it is stored:
   directions M·G (`WindowRows`).
 
 `DenseBasis` keeps one tensor of shape ``(k, *p.shape)`` for each parameter, so that it can be moved
-and sharded with the parameter. Memory: k numbers for each protected parameter. The other kinds are
-in `safeopt.curvature.bases`.
+and sharded with the parameter; `safeopt.curvature.flat` says where they lie. Memory: k numbers for
+each protected parameter. The other kinds are in `safeopt.curvature.bases`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from safeopt.curvature.flat import FlatBlocks
 from safeopt.rows import GradientRows, as_matrix, flat_products, mixed, row_dtype
 from safeopt.rows import inner_products as inner_products
 
@@ -119,7 +120,12 @@ class DenseBasis:
     kind: ClassVar[str] = "dense"
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
-        self.blocks = list(blocks)
+        self._flat = FlatBlocks(blocks)
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """One tensor for each parameter, shape ``(k, *p.shape)``; views of larger ones."""
+        return self._flat.blocks
 
     @classmethod
     def empty(cls, params: Sequence[Tensor]) -> DenseBasis:
@@ -165,14 +171,12 @@ class DenseBasis:
         Returns:
             Shape ``(k,)``, float64, summed over the parameters in float64.
         """
-        total = torch.zeros(self.rank, dtype=torch.float64, device=self.blocks[0].device)
-        for block, tensor in zip(self.blocks, tensors, strict=True):
-            if tensor is not None and block.numel():
-                row = tensor.detach().reshape(1, -1).to(block.dtype)
-                total += flat_products(as_matrix(block), row).squeeze(1).to(total.device)
-        return total
+        return self.coordinates_together([tensors])[0]
 
-    @torch.no_grad()
+    def coordinates_together(self, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        """`coordinates` of several vectors, shape ``(l, k)``; reads U once."""
+        return self._flat.products(vectors)
+
     def expand_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
         """Add U·coordinates to ``tensors`` in place: θ += U(c⁺ − c).
 
@@ -180,14 +184,12 @@ class DenseBasis:
             tensors: one for each parameter; changed in place in their own dtype.
             coordinates: shape ``(k,)``.
         """
-        for block, tensor in zip(self.blocks, tensors, strict=True):
-            if block.numel():
-                step = coordinates.to(block) @ as_matrix(block)
-                tensor.add_(step.view(tensor.shape).to(tensor.dtype))
+        self._flat.add_into(tensors, coordinates)
 
     def inner(self, other: DenseBasis) -> Tensor:
         """Return UᵀW, the inner products with another basis; shape ``(k, k_other)``, float64."""
-        return inner_products(self.blocks, other.blocks)
+        mine, theirs = self._flat.segments, other._flat.segments
+        return inner_products([m.matrix for m in mine], [t.matrix for t in theirs])
 
     def coordinates_of(self, rows: GradientRows) -> Tensor:
         """Rows in the basis, shape ``(m, k)``, float64."""
@@ -204,18 +206,27 @@ class DenseBasis:
 
     def updated(self, left: Tensor, right: Tensor, rows: GradientRows) -> tuple[DenseBasis, Tensor]:
         """Directions left·U + right·G_new, orthonormalised; all of them are kept."""
-        blocks = [
-            mixed(left, block) + mixed(right, rows.block(index))
-            for index, block in enumerate(self.blocks)
-        ]
-        correction = whitening(inner_products(blocks, blocks))
-        for index, block in enumerate(blocks):
-            blocks[index] = mixed(correction, block)
-        return DenseBasis(blocks), torch.arange(len(left))
+        basis = DenseBasis(
+            [
+                mixed(left, block) + mixed(right, rows.block(index))
+                for index, block in enumerate(self.blocks)
+            ]
+        )
+        correction = whitening(basis.inner(basis))
+        for segment in basis._flat.segments:
+            segment.matrix.copy_(mixed(correction, segment.matrix))
+        return basis, torch.arange(len(left))
 
     def rows(self, scale: Tensor) -> list[Tensor]:
         """Return the directions times ``scale (k,)``: rows whose Gram matrix is diag(scale²)."""
         return [block * scale.to(block).view(-1, *[1] * (block.dim() - 1)) for block in self.blocks]
+
+
+def coordinates_together(basis: Basis, *vectors: Sequence[Tensor | None]) -> Tensor:
+    """`Basis.coordinates` of several vectors, shape ``(l, k)``; a dense basis is read once."""
+    if isinstance(basis, DenseBasis):
+        return basis.coordinates_together(vectors)
+    return torch.stack([basis.coordinates(vector) for vector in vectors])
 
 
 def whitening(products: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature import surrogate as maps
+from safeopt.curvature.basis import coordinates_together
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import estimate
@@ -135,8 +136,11 @@ class SafetyGeometry:
         if self.subspace is None:
             return
         self.step_count += 1
-        self.observe_gradient([p.grad for p in params], learning_rate)
-        c = self.subspace.coordinates(params)
+        position, gradient = coordinates_together(
+            self.subspace.basis, params, [p.grad for p in params]
+        )
+        self.observe_gradient(gradient, learning_rate)
+        c = position - self.subspace.anchor
         self.update = c - self._position
         mapped = self._map(c)
         if mapped is not c:  # mode "none" moves nothing
@@ -190,8 +194,8 @@ class SafetyGeometry:
                 limit,
             )
 
-    def observe_gradient(self, gradients: Sequence[Tensor | None], learning_rate: float) -> None:
-        """Update the coupling γ_t from the task gradient's coordinates, which cost k numbers.
+    def observe_gradient(self, coordinates: Tensor, learning_rate: float) -> None:
+        """Update the coupling γ_t from the task gradient's coordinates Uᵀg, which cost k numbers.
 
         The change of Uᵀg from step to step is UᵀH(θ_t − θ_{t−1}); divided by the learning rate and
         weighted with Λ^{1/2} it is the curvature coupling of the Alignment Instability Condition,
@@ -199,7 +203,6 @@ class SafetyGeometry:
         step is not −ηg: read it as a relative figure.
         """
         assert self.subspace is not None
-        coordinates = self.subspace.basis.coordinates(gradients)
         if self._last_gradient is not None and learning_rate > 0:
             change = (coordinates - self._last_gradient) / learning_rate
             self.coupling = float((self.subspace.eigenvalues.sqrt() * change).norm())

@@ -294,7 +294,10 @@ def _check_groups(optimizer: Optimizer) -> None:
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all numbers are finite; reads each once."""
     filled = [t.detach() for t in tensors if t.numel()]
-    if not filled:
-        return True
-    norms = torch._foreach_norm(filled, torch.inf)  # a 2-norm of finite numbers can overflow
+    # The 2-norm is much faster than the largest entry, but that of finite numbers can overflow.
+    return not filled or _finite_norms(filled, 2) or _finite_norms(filled, torch.inf)
+
+
+def _finite_norms(tensors: list[Tensor], order: float) -> bool:
+    norms = torch._foreach_norm(tensors, order)
     return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())

@@ -1,0 +1,121 @@
+"""FlatBlocks: the directions over many parameters in few contiguous matrices.
+
+Every step reads U twice, for Uᵀθ with Uᵀg and for θ += U·δ, and is bound by the memory's speed.
+With one small product for each parameter (LoRA on a small model has hundreds) it would be bound by
+the number of calls instead. So the blocks of neighbouring parameters are columns of one matrix, and
+a parameter's own block is a view of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safeopt.rows import COLUMNS, flat_products
+
+# Columns of one matrix: enough for its products to take much longer than their call, few enough
+# for a copy of a matrix to be small beside all of them.
+_WIDTH = 1 << 20
+
+
+class Segment(NamedTuple):
+    """Neighbouring parameters of one device and dtype.
+
+    Attributes:
+        matrix: their directions, shape ``(k, n)``.
+        members: their places in the list of all parameters.
+        sizes: their numbers of columns.
+    """
+
+    matrix: Tensor
+    members: range
+    sizes: list[int]
+
+
+class FlatBlocks:
+    """Directions over all parameters.
+
+    Args:
+        blocks: one tensor for each parameter, shape ``(k, *p.shape)``; copied.
+
+    Attributes:
+        segments: the matrices.
+        blocks: for each parameter its part, shape ``(k, *p.shape)``, a view.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self.segments: list[Segment] = []
+        self.blocks: list[Tensor] = []
+        for members in _neighbours(blocks):
+            sizes = [blocks[i].shape[1:].numel() for i in members]
+            rank = len(blocks[members[0]])
+            parts = [blocks[i].reshape(rank, n) for i, n in zip(members, sizes, strict=True)]
+            matrix = torch.cat(parts, dim=1)
+            self.segments.append(Segment(matrix, members, sizes))
+            shapes = [blocks[i].shape for i in members]
+            columns = matrix.split(sizes, dim=1)
+            self.blocks += [c.view(shape) for c, shape in zip(columns, shapes, strict=True)]
+
+    def products(self, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        """Inner products with vectors given as one tensor for each parameter; None for zeros.
+
+        Returns:
+            Shape ``(l, k)``, float64. On a CPU the matrices are read from memory once for all
+            vectors: a chunk of columns stays in the cache meanwhile.
+        """
+        first = self.blocks[0]
+        total = torch.zeros(len(vectors), len(first), dtype=torch.float64, device=first.device)
+        for segment in self.segments:
+            flat = [_flattened(segment, vector) for vector in vectors]
+            if not segment.matrix.numel() or all(vector is None for vector in flat):
+                continue
+            rows = [segment.matrix.new_zeros(sum(segment.sizes)) if v is None else v for v in flat]
+            total += _products(segment.matrix, rows).to(first.device)
+        return total
+
+    @torch.no_grad()
+    def add_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
+        """Add the combination of the directions to ``tensors``, in place and in their dtypes."""
+        for matrix, members, sizes in self.segments:
+            if not matrix.numel():
+                continue
+            chosen = [tensors[i] for i in members]
+            step = (coordinates.to(matrix) @ matrix).split(sizes)
+            parts = [s.view(t.shape).to(t.dtype) for s, t in zip(step, chosen, strict=True)]
+            torch._foreach_add_(chosen, parts)
+
+
+def _neighbours(blocks: Sequence[Tensor]) -> Iterator[range]:
+    """Runs of blocks that share a device and a dtype, of about `_WIDTH` columns."""
+    before = [0, *accumulate(block.shape[1:].numel() for block in blocks)]
+    keys = [(b.device, b.dtype, before[i] // _WIDTH) for i, b in enumerate(blocks)]
+    for _, run in groupby(range(len(blocks)), key=keys.__getitem__):
+        members = list(run)
+        yield range(members[0], members[-1] + 1)
+
+
+def _flattened(segment: Segment, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """A segment's part of a vector; None if all of it is zero."""
+    chosen = [tensors[i] for i in segment.members]
+    if all(tensor is None for tensor in chosen):
+        return None
+    parts = [
+        segment.matrix.new_zeros(size) if tensor is None else tensor.detach().reshape(-1)
+        for tensor, size in zip(chosen, segment.sizes, strict=True)
+    ]
+    return torch.cat(parts).to(segment.matrix.dtype)
+
+
+def _products(matrix: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """Products of ``(k, n)`` with vectors ``(n,)``: shape ``(l, k)``, float64."""
+    if matrix.device.type != "cpu":
+        return flat_products(torch.stack(list(vectors)), matrix)
+    pieces = []
+    for start in range(0, matrix.shape[1], COLUMNS):
+        columns = matrix[:, start : start + COLUMNS]
+        pieces += [columns @ vector[start : start + COLUMNS] for vector in vectors]
+    return torch.stack(pieces).unflatten(0, (-1, len(vectors))).sum(0, dtype=torch.float64)

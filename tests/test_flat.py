@@ -1,0 +1,73 @@
+"""Directions in few matrices equal the same directions in one tensor for each parameter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safeopt.curvature import flat
+from safeopt.curvature.flat import FlatBlocks
+
+DTYPES = [torch.float32, torch.float64]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(0, 3),
+    st.integers(1, 12),
+    st.integers(1, 5),
+)
+def test_any_layout_equals_one_product_for_each_parameter(layout, rank, width, columns):
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(rank, *s, generator=generator, dtype=d) for s, d, _ in layout]
+    vectors = [
+        [torch.randn(s, generator=generator) if given or other else None for s, _, given in layout]
+        for other in (False, True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "_WIDTH", width)
+        patch.setattr(flat, "COLUMNS", columns)
+        together = FlatBlocks(blocks)
+        products = together.products(vectors)
+    assert products.dtype == torch.float64
+    for mine, block in zip(together.blocks, blocks, strict=True):
+        assert torch.equal(mine, block)
+        assert mine.dtype == block.dtype
+    for row, vector in zip(products, vectors, strict=True):
+        expected = torch.zeros(rank, dtype=torch.float64)
+        for block, tensor in zip(blocks, vector, strict=True):
+            if tensor is not None:
+                n = tensor.numel()
+                expected += block.double().reshape(rank, n) @ tensor.double().reshape(n)
+        assert torch.allclose(row, expected, rtol=1e-5, atol=1e-5)
+    moved = [
+        torch.zeros(s, dtype=torch.bfloat16 if d == torch.float32 else d) for s, d, _ in layout
+    ]
+    coefficients = torch.arange(1.0, rank + 1, dtype=torch.float64)
+    together.add_into(moved, coefficients)
+    for tensor, block in zip(moved, blocks, strict=True):
+        whole = torch.tensordot(coefficients.to(block), block, 1)
+        assert torch.allclose(tensor.to(block), whole, rtol=1e-2, atol=1e-2)
+
+
+def test_blocks_are_views_of_few_matrices():
+    blocks = [torch.ones(2, 3, 4), torch.ones(2), torch.ones(2, 5)]
+    together = FlatBlocks(blocks)
+    assert [segment.matrix.shape for segment in together.segments] == [(2, 18)]
+    together.segments[0].matrix.zero_()
+    assert not any(block.any() for block in together.blocks)
+    assert all(block.all() for block in blocks)
+
+
+def test_sums_over_many_columns_are_as_precise_as_in_float64():
+    """A product of unit vectors over a million columns: float32 alone loses three digits."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.rand(1, 1 << 20, generator=generator)
+    vector = torch.rand(1 << 20, generator=generator) + 1
+    exact = float(block.double() @ vector.double())
+    assert float(FlatBlocks([block]).products([[vector]])) == pytest.approx(exact, rel=2e-7)
