@@ -150,7 +150,7 @@ def test_a_factory_of_transformers_is_protected_as_well(tmp_path):
     ("options", "message"),
     [
         ({"optimizer": "adam"}, 'optimizer="adam": expected one of projected-adamw'),
-        ({"harmless": "x.jsonl"}, "harmless: a probe was given"),
+        ({"harmless": "x.jsonl"}, "harmless, loss: a probe was given"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, options, message):
@@ -235,6 +235,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
     resumed = guarded(tmp_path, name, **choices)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert safety_of(base_optimizer(resumed)).history == safety_of(base_optimizer(whole)).history
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
+
+
+def test_a_resumed_run_measures_the_distance_from_the_same_reference(files):
+    """With KL the reference is the aligned model, though the checkpoint's has drifted from it."""
+
+    def build_kl():
+        model = with_lora(tiny_llama(), random_b=False)
+        trainer = build(files / "out", model=model, save_strategy="steps", save_steps=2)
+        protect(trainer, files / "prompts.jsonl", loss="kl", rank=4, refresh=RefreshPolicy.fixed(1))
+        return trainer
+
+    whole = build_kl()
+    whole.train()
+    resumed = build_kl()
+    resumed.train(resume_from_checkpoint=str(files / "out" / "checkpoint-2"))
+    history = safety_of(base_optimizer(whole)).history
+    assert history == safety_of(base_optimizer(resumed)).history
+    assert history[0].alignment_loss == pytest.approx(0, abs=1e-6)
+    assert history[-1].alignment_loss > 1e-4
     assert all(map(torch.equal, weights(resumed), weights(whole)))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +32,7 @@ def protect(
     safety: SafetyProbe | str | Path,
     *,
     harmless: str | Path | None = None,
+    loss: Literal["nll", "kl"] = "nll",
     optimizer: str | None = None,
     **options: Any,
 ) -> SafetyCallback:
@@ -43,6 +44,8 @@ def protect(
         safety: JSON lines with harmful prompts (where a line has no response, the model's own
             refusal is taken), or a probe whose model is the trainer's.
         harmless: JSON lines with prompts that must not become refused; with a file only.
+        loss: see `SafetyProbe`; with a file only. The reference of ``"kl"`` is the model as it is
+            now or, with adapters, what `safeopt.integrations.peft` chooses.
         optimizer: a name from `safeopt.optimizers` to take the place of the trainer's optimizer.
         **options: of that optimizer, otherwise of `safeopt.safeguard`: ``rank``, ``budget``, ….
 
@@ -51,16 +54,23 @@ def protect(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        TypeError: if ``mode="two_pass"`` is asked of a trainer without `SafetyTrainerMixin`, or an
-            option is unknown.
+        TypeError: if ``mode="two_pass"`` is asked of a trainer without `SafetyTrainerMixin`, an
+            option is unknown, or the model has adapters that cannot be protected.
         ValueError: if a file is malformed, there is nothing to protect, or ``optimizer`` is given
             although the trainer has an optimizer.
 
     Cost: an answer of 32 tokens for each prompt that has no response; then as `ProjectedAdamW`.
     """
-    probe = safety if isinstance(safety, SafetyProbe) else _probe(trainer, safety, harmless)
-    if isinstance(safety, SafetyProbe) and harmless is not None:
-        raise ValueError("harmless: a probe was given; give it the harmless prompts as held=")
+    if _has_adapters(trainer.model):
+        from safeopt.integrations.peft import check_adapters
+
+        check_adapters(trainer.model)  # type: ignore[arg-type]
+    if not isinstance(safety, SafetyProbe):
+        probe = _probe(trainer, safety, harmless, loss)
+    elif harmless is not None or loss != "nll":
+        raise ValueError("harmless, loss: a probe was given, which has its own; leave them out")
+    else:
+        probe = safety
     if options.get("mode") == "two_pass" and not isinstance(trainer, SafetyTrainerMixin):
         raise TypeError(
             f'mode="two_pass": {type(trainer).__name__} makes one pass a step; derive it from '
@@ -155,7 +165,9 @@ class SafetyTrainerMixin:
         return loss
 
 
-def _probe(trainer: Trainer, safety: str | Path, harmless: str | Path | None) -> SafetyProbe:
+def _probe(
+    trainer: Trainer, safety: str | Path, harmless: str | Path | None, loss: Literal["nll", "kl"]
+) -> SafetyProbe:
     model: Any = trainer.model
     tokenizer = trainer.processing_class
     if tokenizer is None:
@@ -164,7 +176,19 @@ def _probe(trainer: Trainer, safety: str | Path, harmless: str | Path | None) ->
             "processing_class=tokenizer, or give a SafetyProbe"
         )
     batches, held = read_safety_batches(model, tokenizer, safety, harmless)
-    return SafetyProbe(model, batches, held=held)
+    if _has_adapters(model):
+        from safeopt.integrations.peft import safety_probe
+
+        return safety_probe(model, batches, held=held, loss=loss)
+    probe = SafetyProbe(model, batches, held=held, loss=loss)
+    if loss == "kl":
+        probe.value([0])  # the first use keeps the reference: before a checkpoint is loaded
+    return probe
+
+
+def _has_adapters(model: Any) -> bool:
+    """Whether it is a PEFT model; peft need not be installed."""
+    return any(cls.__name__ == "PeftModel" for cls in type(model).__mro__)
 
 
 def _guarded(build: Any, probe: SafetyProbe, options: dict[str, Any]) -> Any:
