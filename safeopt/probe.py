@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from safeopt.factored import FactoredRows
 from safeopt.factored_gradients import factored_gradients, in_order
+from safeopt.isolation import untouched
 from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, refusal_nll
 from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.prefix import share_prefix, tokens_run
@@ -331,25 +332,10 @@ class SafetyProbe:
     def _untouched(self) -> Iterator[None]:
         """Evaluation mode inside; everything as before outside, and the time counted."""
         start = time.perf_counter()
-        modes = [(module, module.training) for module in self.model.modules()]
-        buffers = [
-            (module, name, buffer, buffer.clone(), buffer._version)
-            for module in self.model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         try:
-            with torch.random.fork_rng(devices=devices):
-                self.model.eval()
+            with untouched(self.model, checkpointing=False):
                 yield
         finally:
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for module, name, buffer, before, version in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(before)
-                    module._buffers[name] = buffer  # some modules assign a new tensor
             self.passes.seconds += time.perf_counter() - start
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.curvature.density import hutch_pp
-from safeopt.curvature.isolation import untouched
+from safeopt.isolation import untouched
 from safeopt.curvature.operators.objective import Loss, Objective, micro_batches
 from safeopt.per_example import row_dtype
 

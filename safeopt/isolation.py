@@ -14,15 +14,20 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
     """Evaluation mode and a fixed random seed inside; everything as before outside.
 
-    Layers with Hugging Face's gradient checkpointing switched on look at their own ``training``
-    flag, so that flag alone stays on for them: the memory they save is needed here most. A layer
-    that would also apply dropout by that flag runs in evaluation mode, without checkpointing.
+    Some layers look at their own ``training`` flag, so that flag alone is on for them:
+
+    - those with Hugging Face's gradient checkpointing switched on, since the memory they save is
+      needed here most. One that would also apply dropout by that flag runs in evaluation mode,
+      without checkpointing;
+    - 4-bit layers of bitsandbytes, which in evaluation mode rewrite their weights for a faster
+      kernel on some CPUs: one that has coarser numbers and no second derivative.
 
     Args:
         model: the module whose state is kept.
+        checkpointing: False runs without gradient checkpointing.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -36,7 +41,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             torch.manual_seed(0)  # equal passes give equal products, whatever the model draws
             model.eval()
             for module, training in modes:
-                if training and _checkpoints(module):
+                checkpoints = checkpointing and training and _checkpoints(module)
+                if checkpoints or hasattr(module, "support_avx512bf16_for_cpu"):
                     module.training = True
             yield
     finally:
