@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.curvature.density import hutch_pp
-from safeopt.isolation import untouched
 from safeopt.curvature.operators.objective import Loss, Objective, micro_batches
+from safeopt.isolation import untouched
 from safeopt.per_example import row_dtype
 
 ParameterFilter = Callable[[str], bool]

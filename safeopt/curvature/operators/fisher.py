@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.curvature.basis import inner_products
-from safeopt.isolation import untouched
 from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss, row_count
+from safeopt.isolation import untouched
 from safeopt.losses import IGNORE, response_log_probs
 from safeopt.per_example import per_example_gradients
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from safeopt.isolation import untouched
 from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss
 from safeopt.curvature.products import Kind, Product, Site, choose
+from safeopt.isolation import untouched
 
 
 class Weighed(Protocol):
