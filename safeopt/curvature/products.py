@@ -188,9 +188,10 @@ def choose(kind: Kind | Literal["auto"], site: Site, build: Callable[[Kind], Pro
     """Pick a backend by trying it on a few examples.
 
     A backend must run and agree with finite differences, or nearly so and with the other exact
-    backend: some operations give wrong second derivatives without an error. Known cases are operations whose backward pass is opaque to
-    autograd (``"double"`` leaves them out), and in torch 2.13 the forward-mode rule of LayerNorm's
-    backward pass (``"forward"`` gets the rows of its weight wrong).
+    backend: some operations give wrong second derivatives without an error. Known cases are
+    operations whose backward pass is opaque to autograd (``"double"`` leaves them out), and in
+    torch 2.13 the forward-mode rule of LayerNorm's backward pass (``"forward"`` gets the rows of
+    its weight wrong).
 
     Args:
         kind: a backend's name, or ``"auto"`` for the first of ``double``, ``forward`` and
