@@ -1,6 +1,7 @@
 """safeopt: fine-tune an aligned language model without losing its alignment."""
 
 from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.diagnostics import Diagnosis, diagnose
 from safeopt.diagnostics.monitor import SafetyMonitor
 from safeopt.losses import ReferenceKL, refusal_nll
 from safeopt.optim import (
@@ -19,6 +20,7 @@ from safeopt.probe import PassCounter, SafetyProbe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "Measurement",
     "OptimizerInfo",
     "PassCounter",
@@ -31,6 +33,7 @@ __all__ = [
     "SafetyMonitor",
     "SafetyProbe",
     "SafetySAM",
+    "diagnose",
     "optimizers",
     "refusal_nll",
     "safeguard",

@@ -164,16 +164,25 @@ class FactoredRows:
     def inner(self, other: FactoredRows) -> Tensor:
         """Inner products with other rows, shape ``(m, len(other))``, float64."""
         total = torch.zeros(len(self), len(other), dtype=torch.float64, device=self.device)
-        right_products: dict[tuple[int, int], Tensor] = {}
+        known: dict[tuple[int, int], Tensor] = {}
         for index in range(len(self.shapes)):
-            if index in self.dense or index in other.dense:
-                part = inner_products([self.unscaled(index)], [other.unscaled(index)])
-            elif self._by_tokens(other, index):
-                part = self._token_products(other, index, right_products)
-            else:
-                part = self._matrix_products(other, index)
-            total += part.to(total.device)
+            total += self._inner_of(other, index, known).to(total.device)
         return self.scale.unsqueeze(1) * total * other.scale
+
+    def products_of(self, index: int) -> Tensor:
+        """What parameter ``index`` adds to the Gram matrix, shape ``(m, m)``, float64."""
+        part = self._inner_of(self, index, {}).to(self.device)
+        return self.scale.unsqueeze(1) * part * self.scale
+
+    def _inner_of(
+        self, other: FactoredRows, index: int, known: dict[tuple[int, int], Tensor]
+    ) -> Tensor:
+        """One parameter's part of the inner products, without the rows' scales."""
+        if index in self.dense or index in other.dense:
+            return inner_products([self.unscaled(index)], [other.unscaled(index)])
+        if self._by_tokens(other, index):
+            return self._token_products(other, index, known)
+        return self._matrix_products(other, index)
 
     def block(self, index: int) -> Tensor:
         """The part of parameter ``index`` as a dense tensor, shape ``(m, *p.shape)``."""

@@ -34,6 +34,12 @@ class GradientRows(Protocol):
     def products(self) -> Tensor:
         """The Gram matrix ⟨g_i, g_j⟩, shape ``(m, m)``, float64."""
 
+    def products_of(self, index: int) -> Tensor:
+        """What parameter ``index`` adds to the Gram matrix, shape ``(m, m)``, float64."""
+
+    def along(self, index: int, direction: Tensor) -> Tensor:
+        """Inner products of parameter ``index``'s part with a direction, ``(m,)``, float64."""
+
     def block(self, index: int) -> Tensor:
         """The part of parameter ``index``, shape ``(m, *p.shape)``."""
 
@@ -71,6 +77,15 @@ class DenseRows:
     def products(self) -> Tensor:
         """The Gram matrix, shape ``(m, m)``, float64: m²·n operations."""
         return inner_products(self.blocks, self.blocks)
+
+    def products_of(self, index: int) -> Tensor:
+        """What parameter ``index`` adds to the Gram matrix, shape ``(m, m)``, float64."""
+        return inner_products([self.blocks[index]], [self.blocks[index]])
+
+    def along(self, index: int, direction: Tensor) -> Tensor:
+        """Inner products of parameter ``index``'s part with a direction, ``(m,)``, float64."""
+        row = direction.detach().unsqueeze(0).to(self.blocks[index])
+        return inner_products([self.blocks[index]], [row]).squeeze(1)
 
     def block(self, index: int) -> Tensor:
         """The part of parameter ``index``, shape ``(m, *p.shape)``."""

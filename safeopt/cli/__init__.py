@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from safeopt.cli.diagnose import diagnose
 from safeopt.cli.finetune import finetune
 from safeopt.cli.plan import plan
 
@@ -14,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(finetune)
+app.command()(diagnose)
 app.command()(plan)
 
 

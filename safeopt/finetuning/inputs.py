@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,12 @@ class Inputs:
     alignment_loss: float
 
 
-def load_inputs(config: InputConfig) -> Inputs:
+def load_inputs(config: InputConfig, *, at_most: int | None = None) -> Inputs:
     """Read and check everything; write nothing.
+
+    Args:
+        config: what to read.
+        at_most: safety prompts to use, drawn by the seed; None uses all of them.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -102,6 +107,8 @@ def load_inputs(config: InputConfig) -> Inputs:
     examples = read_examples(config.train)
     safety = read_examples(config.safety, need_response=False)
     harmless = read_examples(config.harmless, need_response=False) if config.harmless else []
+    if at_most is not None and at_most < len(safety):
+        safety = random.Random(config.seed).sample(safety, at_most)
     set_seed(config.seed)
     model, tokenizer = load_causal_lm(config.model)
     if config.chat_template is not None:
@@ -125,6 +132,28 @@ def load_inputs(config: InputConfig) -> Inputs:
     )
     loss = _aligned_loss(probe, config)
     return Inputs(model, tokenizer, rows, probe, (len(refusals), len(safety)), loss)
+
+
+def task_batches(
+    inputs: Inputs, batch_size: int, count: int, seed: int
+) -> list[dict[str, torch.Tensor]]:
+    """Training batches of examples drawn by the seed, padded on the left.
+
+    Raises:
+        ValueError: if there are too few examples.
+    """
+    rows = inputs.rows
+    if count < 1 or count * batch_size > len(rows):
+        raise ValueError(
+            f"batches={count}: {count} batches of {batch_size} need {count * batch_size} training "
+            f"examples, and there are {len(rows)}; lower the batches or the batch size"
+        )
+    drawn = random.Random(seed).sample(rows, count * batch_size)
+    pad = inputs.tokenizer.pad_token_id
+    return [
+        collate(drawn[start : start + batch_size], pad, side="left")
+        for start in range(0, len(drawn), batch_size)
+    ]
 
 
 def alignment_loss(probe: SafetyProbe) -> float:

@@ -1,0 +1,199 @@
+"""The Alignment Instability Condition against closed forms, and against dense linear algebra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from quadratic import Quadratic, orthogonal, probe_of
+from tiny_models import safety_batch, tiny_llama, trainable, with_lora
+
+from safeopt import SafetyProbe
+from safeopt.diagnostics import diagnose
+from safeopt.diagnostics.conditions import bias_corrected, random_coupling
+from safeopt.diagnostics.spectrum import Spectrum
+
+N, K = 24, 3
+VALUES = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+
+
+def analytic(*, overlap: float = 0.0, tail: float = 0.0, coupling: float = 0.7):
+    """A system whose every figure is known: safety directions e_1..e_3, task direction e_4.
+
+    Each direction has a pair of examples ±√(3λ)e, so that the mean safety gradient is zero.
+    """
+    axes = orthogonal(N)
+    safe, free = axes[:K], axes[K]
+    count = K + (tail > 0)
+    lengths = (count * VALUES).sqrt()
+    rows = [lengths[:, None] * safe]
+    if tail > 0:
+        rows.append((count * torch.tensor([[tail]], dtype=torch.float64)).sqrt() * axes[K + 1])
+    directions = torch.cat([*rows, *(-row for row in rows)])
+    gradient = math.sqrt(1 - overlap**2) * free + overlap * safe[0]
+    hessian = 0.2 * torch.eye(N, dtype=torch.float64)
+    # The curvature couples the task direction with the second safety direction.
+    hessian += coupling * (torch.outer(safe[1], free) + torch.outer(free, safe[1]))
+    model = Quadratic(hessian, gradient)
+    return model, probe_of(model, directions)
+
+
+def task_of(model, count=3):
+    return [torch.zeros(1)] * count, lambda module, batch: module.task()
+
+
+def check(model, probe, **choices):
+    batches, loss = task_of(model)
+    return diagnose(probe, batches, task_loss=loss, rank=K, resamples=50, **choices)
+
+
+def test_every_figure_equals_its_closed_form():
+    overlap, tail, coupling = 0.05, 0.1, 0.7
+    result = check(*analytic(overlap=overlap, tail=tail, coupling=coupling))
+    exact = {
+        "top": 4.0,
+        "lowest": 1.0,
+        "tail": tail / (7 + tail),
+        "effective_rank": (7 + tail) ** 2 / (21 + tail**2),
+        "overlap": overlap,
+        "drift": 2.0 * overlap,
+        # Hg has 0.2·overlap along e_1 (λ = 4) and coupling·√(1 − overlap²) along e_2 (λ = 2).
+        "coupling": math.sqrt(4 * (0.2 * overlap) ** 2 + 2 * coupling**2 * (1 - overlap**2)),
+    }
+    for name, value in exact.items():
+        assert getattr(result.figures, name) == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    assert result.angle == pytest.approx(math.acos(overlap), abs=1e-6)
+    assert result.eigenvalues[:K] == pytest.approx(VALUES.tolist(), rel=1e-6)
+    update = model_update(result)
+    assert result.figures.update_overlap == pytest.approx(update, rel=1e-6)
+    assert [c.holds for c in result.conditions] == [True, True, True]
+    assert result.verdict.risk == "at risk"
+
+
+def model_update(result):
+    """‖Pu‖/‖u‖ of Adam's first update, from the analytic system's own vectors."""
+    model, _ = analytic(overlap=0.05, tail=0.1)
+    update = model.slope / (model.slope.abs() + 1e-8)
+    return float((orthogonal(N)[:K] @ update).norm() / update.norm())
+
+
+@pytest.mark.parametrize(
+    ("system", "holds", "risk"),
+    [
+        ({"coupling": 0.0}, [True, True, False], "not shown"),
+        ({"overlap": 0.5}, [True, False, True], "at risk at once"),
+        ({"tail": 3.0}, [False, True, True], "unclear"),
+    ],
+)
+def test_the_verdict_follows_the_conditions(system, holds, risk):
+    result = check(*analytic(**system))
+    assert [c.holds for c in result.conditions] == holds
+    assert result.verdict.risk == risk
+
+
+def test_figures_of_a_language_model_equal_dense_linear_algebra():
+    model = with_lora(tiny_llama(dtype=torch.float64))
+    probe = SafetyProbe(model, [safety_batch(seed=s) for s in range(3)])
+    task = [safety_batch(seed=s) for s in (10, 11)]
+    result = diagnose(probe, task, rank=4, resamples=20)
+    params = trainable(model)
+    flat = [row.flatten(1) for row in probe.per_example(params).rows]
+    rows = torch.cat(flat, dim=1)
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    u, top = vectors[:, -4:], values[-4:]
+
+    def loss():
+        total, count = 0.0, 0
+        for batch in task:
+            out = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+            targets = batch["labels"][:, 1:]
+            seen = batch["attention_mask"][:, :-1] * (targets != -100)
+            nll = -out.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+            total, count = total + (nll * seen).sum(), count + int(seen.sum())
+        return total / count
+
+    model.eval()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        parts = torch.autograd.grad(loss(), params, create_graph=True)
+        gradient = torch.cat([p.flatten() for p in parts])
+        bent = torch.autograd.grad(gradient @ gradient.detach(), params)
+    bending = torch.cat([p.flatten() for p in bent])
+    gradient = gradient.detach()
+    expected = {
+        "top": top[-1],
+        "lowest": top[0],
+        "tail": 1 - top.sum() / values.sum(),
+        "overlap": (u.T @ gradient).norm() / gradient.norm(),
+        "drift": (top.sqrt() * (u.T @ gradient)).norm(),
+        "coupling": (top.sqrt() * (u.T @ bending)).norm(),
+    }
+    for name, value in expected.items():
+        assert getattr(result.figures, name) == pytest.approx(float(value), rel=1e-6), name
+    assert sum(layer.curvature for layer in result.layers) == pytest.approx(1)
+    assert sum(layer.subspace for layer in result.layers) == pytest.approx(1 - result.figures.tail)
+    assert {layer.kind for layer in result.layers} == {"self_attn.q_proj", "self_attn.v_proj"}
+
+
+def test_nothing_is_left_behind_and_passes_are_counted():
+    model = with_lora(tiny_llama()).train()
+    probe = SafetyProbe(model, [safety_batch()])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    seen = []
+    result = diagnose(
+        probe, [safety_batch(seed=1)] * 2, resamples=5, listener=lambda *x: seen.append(x)
+    )
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert result.evidence.passes["safety_forward"] == 1
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1][1] < seen[-1][2]
+
+
+def test_lora_at_its_start_is_half_blind_and_says_so():
+    model = with_lora(tiny_llama(), random_b=False)
+    result = diagnose(SafetyProbe(model, [safety_batch()]), [safety_batch(seed=1)] * 2, resamples=5)
+    assert len(result.evidence.blind) == 4
+    assert all("lora_A" in name for name in result.evidence.blind)
+    assert any("LoRA's B = 0" in note for note in result.verdict.notes)
+
+
+def test_wrong_arguments_are_named():
+    model, probe = analytic()
+    batches, loss = task_of(model)
+    for choices, words in (
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 6}, "rank=6"),
+        ({"resamples": 0}, "resamples=0"),
+        ({"examples": 1}, "examples=1"),
+        ({"params": lambda name: False}, "params: none of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            diagnose(probe, batches, task_loss=loss, **choices)
+    with pytest.raises(ValueError, match="at least two"):
+        diagnose(probe, batches[:1], task_loss=loss)
+    still = probe_of(model, torch.zeros(4, N))
+    with pytest.raises(ValueError, match="every safety gradient is zero"):
+        diagnose(still, batches, task_loss=loss, rank=1)
+
+
+def test_random_directions_have_the_coupling_that_theory_says():
+    spectrum = Spectrum.of(torch.diag(torch.tensor([4.0, 0.0], dtype=torch.float64)) * 2)
+    # One direction: |N(0, 1)|·√λ·length/√n, whose 95% quantile is 1.96.
+    assert random_coupling(spectrum, 1, 100, 3.0, 0.95) == pytest.approx(1.96 * 0.6, rel=0.05)
+
+
+def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(200):
+        sample = torch.randn(40, generator=generator, dtype=torch.float64)
+        draws = torch.randint(40, (300, 40), generator=generator)
+        low, high = bias_corrected(sample[draws].mean(1), float(sample.mean()), 0.95)
+        hits += low <= 0 <= high
+    assert 180 <= hits <= 199
