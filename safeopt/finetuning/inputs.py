@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safeopt.data import encode, read_examples
+from safeopt.data import collate, encode, read_examples
 from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.probe import SafetyProbe
