@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safeopt.curvature.isolation import untouched
 from safeopt.curvature.operators import HessianOperator
 from safeopt.curvature.operators.objective import Loss, Objective, to_device
+from safeopt.isolation import untouched
 from safeopt.probe import SafetyProbe
 from safeopt.rows import DenseRows, GradientRows, inner_products, row_dtype
 
