@@ -1,19 +1,32 @@
-"""The benchmark's command line: ``python -m benchmarks run | report | align | demo``."""
+"""The benchmark's command line, ``python -m benchmarks``: run, sweep, report, submit, demo."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
-from benchmarks.config import CONFIGS, ConfigError, load_config
+from benchmarks.config import CONFIGS, ConfigError, SweepConfig, load_config
 from benchmarks.data.sources import DownloadError
+from benchmarks.quiet import be_quiet
 
+if TYPE_CHECKING:
+    from benchmarks.jobs import Executor
+
+RAY_THREADS = 2
+
+Config = Annotated[Path, typer.Argument(help="A YAML file.")]
 Out = Annotated[Path, typer.Option(help="Folder of the result.", file_okay=False)]
+Ray = Annotated[
+    str | None,
+    typer.Option(help="Run on a Ray cluster: its address, auto, or local to start one here."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Two steps with a tiny model of the same architecture."),
+]
 
 app = typer.Typer(
     help="Compare mitigations for benign fine-tuning on equal terms.",
@@ -25,11 +38,68 @@ console = Console(highlight=False, soft_wrap=False)
 
 
 @app.command()
-def run(config: Annotated[Path, typer.Argument(help="A YAML file.")], out: Out) -> None:
+def run(
+    config: Config,
+    out: Out,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes at a time; without it all runs share this one."),
+    ] = None,
+    ray: Ray = None,
+    dry_run: DryRun = False,
+) -> None:
     """Run a config and write OUT/result.json; runs that are there already are not done again."""
+    from benchmarks.dry_run import shrunk
     from benchmarks.run import run as run_config
 
-    run_config(load_config(config), out, console)
+    loaded = load_config(config)
+    if isinstance(loaded, SweepConfig):
+        raise ConfigError(f"{config}: this is a sweep; use `python -m benchmarks sweep`")
+    chosen = shrunk(loaded) if dry_run else loaded
+    executor, threads = _executor(jobs, ray)
+    result = run_config(chosen, out, console, executor, threads)
+    if result.failures:
+        raise SystemExit(1)
+
+
+@app.command()
+def sweep(
+    config: Config,
+    out: Out,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes at a time; one a core by default.")
+    ] = None,
+    ray: Ray = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Tune every method on `val`, run its choice on `test`, and report; resumable."""
+    from benchmarks.dry_run import shrunk
+    from benchmarks.jobs import cores
+    from benchmarks.leaderboard import leaderboard
+    from benchmarks.sweep import sweep as run_sweep
+
+    loaded = load_config(config)
+    if not isinstance(loaded, SweepConfig):
+        raise ConfigError(f"{config}: a sweep needs `tuning:`; else use `python -m benchmarks run`")
+    chosen = shrunk(loaded) if dry_run else loaded
+    executor, threads = _executor(jobs or cores(), ray)
+    assert executor is not None
+    failed = run_sweep(chosen, out, console, executor, threads)
+    leaderboard(out, console)
+    if failed:
+        console.print(f"{failed} runs failed; the same command tries them again", style="red")
+        raise SystemExit(1)
+
+
+def _executor(jobs: int | None, ray: str | None) -> tuple[Executor | None, int | None]:
+    """Where the runs take place, and the threads of each."""
+    from benchmarks.jobs import cores, on_ray, processes
+
+    if ray is not None:
+        return on_ray(ray, RAY_THREADS), RAY_THREADS
+    if jobs is None:
+        return None, None
+    return processes(jobs), max(1, cores() // jobs)
 
 
 @app.command()
@@ -64,9 +134,7 @@ def demo(
 
 def main() -> None:
     """Run the command line; what the user can mend is told without a traceback."""
-    # Their notes on loading are about internals; warnings and errors still come through.
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    be_quiet()
     try:
         app()
     except (ConfigError, DownloadError, FileNotFoundError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -17,15 +19,21 @@ PACKAGES = ("safeopt-torch", "torch", "transformers", "peft")
 INTERVAL = 0.05
 
 
-def environment() -> dict[str, Any]:
-    """Versions, processor and threads: what a reader needs to compare seconds and digits."""
+def environment(threads: int | None = None) -> dict[str, Any]:
+    """Versions, processor and threads: what a reader needs to compare seconds and digits.
+
+    Args:
+        threads: of a run, where they are not those of this process.
+    """
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
@@ -59,6 +67,23 @@ class PeakMemory:
             self.bytes = max(self.bytes, process.memory_info().rss)
             if self._stop.wait(INTERVAL):
                 return
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a + if files differ from it; None outside of git."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How a model is measured, by forward passes only: losses, refusals and over-refusals."""
+"""How a model is measured, by forward passes only: losses, refusals, divergence, task metric."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from benchmarks.inference import greedy, response_nll
+from benchmarks.config import EvaluationConfig
+from benchmarks.inference import Row, greedy, response_nll
+from benchmarks.metrics import metric_of
+from benchmarks.records import Start
 from benchmarks.tasks import Material
-from safeopt.data import prompt_ids
+from safeopt.data import collate, prompt_ids
+from safeopt.losses import IGNORE, ReferenceKL
 from safeopt.refusals import is_refusal
+
+CHUNK = 16
+DIGITS = 6  # of a prompt's loss in the result
 
 
 class Losses(NamedTuple):
@@ -20,10 +28,12 @@ class Losses(NamedTuple):
     Attributes:
         task: mean NLL over all response tokens of the held-out task examples.
         alignment: mean over the harmful prompts of the refusal's mean token NLL.
+        prompts: the refusal's mean token NLL of each harmful prompt.
     """
 
     task: float
     alignment: float
+    prompts: list[float]
 
 
 class Rates(NamedTuple):
@@ -39,13 +49,35 @@ class Evaluator:
     Args:
         material: the examples and prompts.
         tokenizer: of the model.
-        new_tokens: length of an answer.
+        config: what is measured beside losses and rates, and how long answers are.
+        task: its name, which decides on the metric.
     """
 
-    def __init__(self, material: Material, tokenizer: Any, new_tokens: int) -> None:
+    def __init__(
+        self, material: Material, tokenizer: Any, config: EvaluationConfig, task: str
+    ) -> None:
         self.material = material
         self.tokenizer = tokenizer
-        self.new_tokens = new_tokens
+        self.config = config
+        self.metric = metric_of(task)[1]
+        self._reference: tuple[ReferenceKL, list[Row]] | None = None
+
+    def start(self, model: nn.Module) -> Start:
+        """The model before training."""
+        losses, rates = self.losses(model), self.rates(model)
+        answers = None
+        if self.config.harmless_kl:
+            with _evaluating(model):
+                answers = self._answers(model, self.material.harmless)
+        return Start(
+            task_loss=losses.task,
+            alignment_loss=losses.alignment,
+            refusal_rate=rates.refusal,
+            over_refusal_rate=rates.over_refusal,
+            prompts=losses.prompts if self.config.per_prompt else None,
+            answers=answers,
+            task_metric=self.task_metric(model),
+        )
 
     def losses(self, model: nn.Module) -> Losses:
         """Task loss and alignment loss of the model as it is now."""
@@ -53,7 +85,9 @@ class Evaluator:
             sums, counts = response_nll(model, self.material.held_out, batch_size=8)
             task = float(sums.sum() / counts.sum())
             sums, counts = response_nll(model, self.material.alignment)
-            return Losses(task=task, alignment=float((sums / counts).mean()))
+            each = sums / counts
+            prompts = [float(f"{value:.{DIGITS}g}") for value in each.tolist()]
+            return Losses(task=task, alignment=float(each.mean()), prompts=prompts)
 
     def rates(self, model: nn.Module) -> Rates:
         """Refusals of harmful prompts and of harmless ones, by greedy answers and the judge."""
@@ -63,17 +97,76 @@ class Evaluator:
                 over_refusal=self._refused(model, self.material.harmless),
             )
 
+    def task_metric(self, model: nn.Module) -> float | None:
+        """The mean of the task's metric over greedy answers; None if it is not asked for."""
+        rows = self.material.held_out[: self.config.metric_examples]
+        if not rows:
+            return None
+        parts = [_divided(row) for row in rows]
+        with _evaluating(model):
+            prompts = [prompt for prompt, _ in parts]
+            found = greedy(model, prompts, self.config.metric_tokens, self._ends(model))
+        pairs = zip(self._texts(found), self._texts([r for _, r in parts]), strict=True)
+        return sum(self.metric(answer, reference) for answer, reference in pairs) / len(rows)
+
+    @torch.no_grad()
+    def keep_reference(self, model: nn.Module, answers: Sequence[Sequence[int]]) -> None:
+        """Remember how likely the aligned model finds its own answers: one forward pass."""
+        rows = []
+        for prompt, answer in zip(self.material.harmless, answers, strict=True):
+            if answer:
+                ids = self._prompt(prompt)
+                rows.append(
+                    Row(input_ids=ids + list(answer), labels=[IGNORE] * len(ids) + list(answer))
+                )
+        divergence = ReferenceKL()
+        with _evaluating(model):
+            for batch in _chunks(model, rows):
+                divergence.cache(model, batch)
+        self._reference = (divergence, rows)
+
+    @torch.no_grad()
+    def harmless_kl(self, model: nn.Module) -> float | None:
+        """KL(π_θ₀ ‖ π_θ) on those answers, mean over the prompts; None without `keep_reference`."""
+        if self._reference is None:
+            return None
+        divergence, rows = self._reference
+        with _evaluating(model):
+            values = [divergence(model, batch) for batch in _chunks(model, rows)]
+        return float(torch.cat(values).mean())
+
     def _refused(self, model: nn.Module, prompts: Sequence[str]) -> float:
-        rows = [prompt_ids(self.tokenizer, [{"role": "user", "content": p}]) for p in prompts]
-        answers = greedy(model, rows, self.new_tokens, self._ends(model))
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = self._texts(self._answers(model, prompts))
         return sum(is_refusal(text) for text in texts) / len(texts)
+
+    def _answers(self, model: nn.Module, prompts: Sequence[str]) -> list[list[int]]:
+        rows = [self._prompt(prompt) for prompt in prompts]
+        return greedy(model, rows, self.config.new_tokens, self._ends(model))
+
+    def _prompt(self, prompt: str) -> list[int]:
+        return prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}])
+
+    def _texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def _ends(self, model: Any) -> list[int]:
         """The tokens that end an answer: the tokenizer's, and the model's own."""
         named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         return list({end for end in ends if end is not None})
+
+
+def _divided(row: Row) -> tuple[list[int], list[int]]:
+    """Prompt and response of an encoded example."""
+    start = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
+    return row["input_ids"][:start], row["input_ids"][start:]
+
+
+def _chunks(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, torch.Tensor]]:
+    device = next(model.parameters()).device
+    for start in range(0, len(rows), CHUNK):
+        batch = collate(rows[start : start + CHUNK], pad_id=0, side="left")
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.config import BASELINE
 from benchmarks.records import Record, Result
 
-BASELINE = "adamw"
 REPLAY = "replay"
 LARGE_BATCH = 16_384
 

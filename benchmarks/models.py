@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import peft
 import torch
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import tiny
-from benchmarks.config import ALIGNED, TINY, LoraConfig, ModelConfig
+from benchmarks.config import ALIGNED, TINY, ConfigError, LoraConfig, ModelConfig
 from benchmarks.data.sources import CHAT_MODEL, cache_folder, fetch_file
 from safeopt.models import load_causal_lm
+from safeopt.plan import architectures, load_config
 
 ADAPTER = Path(__file__).parent / "adapters" / "smollm2-135m-refusals"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,13 +27,74 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load(config: ModelConfig) -> tuple[Any, Any]:
     """The model and tokenizer that a config names, on the GPU where there is one."""
     dtype = DTYPES[config.dtype]
-    if config.name == TINY:
+    if config.dry:
+        model, tokenizer = stand_in(config), tiny.tokenizer()
+    elif config.name == TINY:
         model, tokenizer = tiny.model().to(dtype), tiny.tokenizer()
     elif config.name == ALIGNED:
         model, tokenizer = aligned_smollm2(dtype)
     else:
         model, tokenizer = load_causal_lm(config.name, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def unaligned(config: ModelConfig) -> Callable[[], Mapping[str, Tensor]] | None:
+    """What loads the weights from before the alignment; None if the config knows no such model."""
+    if config.dry:
+        return lambda: stand_in(config, seed=1).state_dict()
+    if config.name == TINY:
+        return tiny.unaligned
+    if config.name == ALIGNED:
+        return lambda: smollm2()[0].state_dict()
+    if config.unaligned is None:
+        return None
+    name = config.unaligned
+    return lambda: load_causal_lm(name, dtype=DTYPES[config.dtype])[0].state_dict()
+
+
+def stand_in(config: ModelConfig, seed: int = 0) -> Any:
+    """A tiny model of the config's architecture with random weights, for a dry run.
+
+    It knows the tiny task's words. Layers keep their kinds and the ratios of their heads.
+
+    Raises:
+        ConfigError: if the architecture is none that is built in.
+    """
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(tiny.tokenizer())}
+    if config.name in (TINY, ALIGNED):
+        whole = LlamaConfig(num_attention_heads=9, num_key_value_heads=3)
+    else:
+        if config.architecture is None:
+            raise ConfigError(
+                f"model {config.name!r}: a dry run needs its architecture; set model.architecture "
+                f"to one of {', '.join(architectures())}"
+            )
+        whole = load_config(config.architecture)
+    grouped = whole.num_attention_heads != _key_value_heads(whole)
+    changes = {
+        **small,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2 if grouped else 4,
+        "num_kv_heads": 2 if grouped else 4,
+        "eos_token_id": tiny.tokenizer().eos_token_id,
+        "pad_token_id": tiny.tokenizer().pad_token_id,
+        "bos_token_id": None,
+    }
+    known = whole.to_dict()
+    fields = {**known, **{key: value for key, value in changes.items() if key in known}}
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(type(whole).from_dict(fields))
+    return model.to(DTYPES[config.dtype]).eval()
+
+
+def _key_value_heads(config: Any) -> int:
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return int(config.num_attention_heads)
 
 
 def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

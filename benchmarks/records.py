@@ -25,12 +25,14 @@ class Point(_Strict):
         task_loss: on held-out examples.
         alignment_loss: on harmful prompts that no method has seen.
         seconds: of training until here, without evaluation.
+        prompts: the alignment loss of each prompt, if the config asks for it.
     """
 
     step: int
     task_loss: float
     alignment_loss: float
     seconds: float
+    prompts: list[float] | None = None
 
 
 class Span(_Strict):
@@ -78,6 +80,9 @@ class Record(_Strict):
 
     Attributes:
         batch_tokens: mean number of task tokens in a step, without padding.
+        harmless_kl: KL(π_θ₀ ‖ π_θ) in nats per token on the aligned model's answers to harmless
+            prompts, if the config asks for it.
+        task_metric: the task's metric, between 0 and 1, likewise; see `benchmarks.metrics`.
         peak_bytes: peak resident memory of the whole process during the run, sampled every 50
             milliseconds; on a GPU, the peak of the memory that torch has allocated there.
     """
@@ -98,6 +103,32 @@ class Record(_Strict):
     passes: Passes
     tokens: Tokens
     peak_bytes: int
+    harmless_kl: float | None = None
+    task_metric: Span | None = None
+
+
+class Start(_Strict):
+    """The model before training: the same for all runs of a config.
+
+    Attributes:
+        answers: token ids of its answers to the harmless prompts, if the divergence is measured.
+    """
+
+    task_loss: float
+    alignment_loss: float
+    refusal_rate: float
+    over_refusal_rate: float
+    prompts: list[float] | None = None
+    answers: list[list[int]] | None = None
+    task_metric: float | None = None
+
+
+class Failure(_Strict):
+    """A run that crashed. It is tried again when the same command runs again."""
+
+    method: str
+    seed: int
+    error: str
 
 
 class Judge(_Strict):
@@ -114,6 +145,8 @@ class Result(_Strict):
 
     Attributes:
         config: what was run; a result is only continued with the same.
+        start: None in results of earlier versions, which have it in every record.
+        failures: runs that crashed, the last time that they were tried.
         judge: None for the tiny task, whose refusals are all the same sentence.
     """
 
@@ -121,6 +154,8 @@ class Result(_Strict):
     environment: dict[str, Any]
     config: dict[str, Any]
     judge: Judge | None = None
+    start: Start | None = None
+    failures: list[Failure] = Field(default_factory=list)
 
     def find(self, method: str, seed: int) -> Record | None:
         """The record of a finished run, or None."""

@@ -1,36 +1,57 @@
-"""From a config to a result: every method with every seed, one after another, resumable."""
+"""From a config to a result: every method with every seed, resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from benchmarks.config import TINY, ConfigError, MethodConfig, RunConfig
+from benchmarks.bench import Bench
+from benchmarks.config import TINY, ConfigError, RunConfig
 from benchmarks.data.datasets import labelled_refusals
-from benchmarks.environment import PeakMemory, environment
-from benchmarks.evaluation import Evaluator, Losses, Rates
+from benchmarks.environment import environment
+from benchmarks.jobs import Executor, Job, JobListener, in_process, measure_start
 from benchmarks.judge import judge_quality
-from benchmarks.methods import Setup, method_class
-from benchmarks.models import load, trainable
-from benchmarks.records import Judge, Point, Record, Result, Span, read_result, write_result
-from benchmarks.tasks import batches, material, single_batches
-from benchmarks.training import train
+from benchmarks.records import (
+    Failure,
+    Judge,
+    Point,
+    Record,
+    Result,
+    Start,
+    read_result,
+    write_result,
+)
 
 
-def run(config: RunConfig, out: Path, console: Console) -> Result:
+def run(
+    config: RunConfig,
+    out: Path,
+    console: Console,
+    executor: Executor | None = None,
+    threads: int | None = None,
+) -> Result:
     """Do the runs that are not yet in ``out/result.json``, and add each when it is finished.
 
     Args:
         config: what to run.
         out: the folder of the result.
         console: where the progress is shown.
+        executor: where the runs take place, see `benchmarks.jobs`. With None they take place in
+            this process, and a crash ends the whole; elsewhere it ends that run only and is
+            recorded in the result's ``failures``.
+        threads: processor threads of a run where the config does not say.
 
     Raises:
         ConfigError: if ``out`` holds the result of another config.
@@ -40,12 +61,10 @@ def run(config: RunConfig, out: Path, console: Console) -> Result:
         raise ConfigError(
             f"{out}: holds the result of another config; choose another --out, or remove the folder"
         )
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     if result is None:
-        result = Result(environment=environment(), config=config.as_json())
+        result = Result(environment=environment(config.threads or threads), config=config.as_json())
     pending = [
-        (method, seed)
+        (method.key, seed)
         for seed in config.seeds
         for method in config.methods
         if result.find(method.key, seed) is None
@@ -55,145 +74,130 @@ def run(config: RunConfig, out: Path, console: Console) -> Result:
         return result
     if result.records:
         console.print(f"{out}: {len(result.records)} runs are there, {len(pending)} to go")
-    if result.judge is None and config.model.name != TINY:
+    if result.judge is None and config.model.name != TINY and not config.model.dry:
         result.judge = Judge.model_validate(judge_quality(labelled_refusals()))
-    bench = _Bench(config, console)
-    start = bench.start(result)
-    with _progress(console) as progress:
-        for method, seed in pending:
-            result.records.append(bench.run(method, seed, start, progress))
-            write_result(result, out)
+    bench = None
+    if executor is None:
+        with console.status(f"loading {config.model.name} and {config.task.name}"):
+            bench = Bench(config)
+    if result.start is None:
+        with console.status("measuring the starting point"):
+            if bench is not None:
+                result.start = bench.measure_start()
+            else:
+                result.start = Start.model_validate(
+                    in_process(measure_start, config.as_json(), threads)
+                )
+        _say_start(console, result.start)
+    result.failures = []
+    write_result(result, out)
+    start = result.start.model_dump(mode="json")
+    jobs = [Job(config.as_json(), key, seed, start, threads) for key, seed in pending]
+    with _progress(console, len(jobs)) as progress:
+        listener = _Recorder(result, out, console, progress, config.steps)
+        if bench is not None:
+            _here(bench, jobs, result.start, listener)
+        else:
+            assert executor is not None
+            executor(jobs, listener)
+    _in_order(result, config)
+    write_result(result, out)
     return result
 
 
-class _Bench:
-    """The model and the data, shared by all runs of a config."""
+def _here(bench: Bench, jobs: Sequence[Job], start: Start, listener: JobListener) -> None:
+    """Do all jobs in this process, with one model."""
+    methods = {method.key: method for method in bench.config.methods}
+    for job in jobs:
+        record = bench.run(
+            methods[job.method],
+            job.seed,
+            start,
+            lambda step, loss, job=job: listener.on_step(job, step, loss),  # type: ignore[misc]
+            lambda point, job=job: listener.on_point(job, point),  # type: ignore[misc]
+        )
+        listener.on_record(job, record)
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        self.config = config
-        self.console = console
-        with console.status(f"loading {config.model.name} and {config.task.name}"):
-            self.model, tokenizer = load(config.model)
-            self.material = material(config, tokenizer)
-        self.evaluator = Evaluator(self.material, tokenizer, config.evaluation.new_tokens)
 
-    def start(self, result: Result) -> tuple[Losses, Rates]:
-        """The starting point, the same for all methods and seeds: from a record, or measured."""
-        for record in result.records:
-            return (
-                Losses(task=record.task_loss.start, alignment=record.alignment_loss.start),
-                Rates(
-                    refusal=record.refusal_rate.start, over_refusal=record.over_refusal_rate.start
-                ),
-            )
-        with self.console.status("measuring the starting point"):
-            losses, rates = self.evaluator.losses(self.model), self.evaluator.rates(self.model)
+def _in_order(result: Result, config: RunConfig) -> None:
+    """Records in the config's order, whatever order they were finished in."""
+    places = {
+        (method.key, seed): (i, j)
+        for i, seed in enumerate(config.seeds)
+        for j, method in enumerate(config.methods)
+    }
+    result.records.sort(key=lambda record: places[record.method, record.seed])
+    result.failures.sort(key=lambda failure: places[failure.method, failure.seed])
+
+
+class _Recorder:
+    """Writes records as they come, and shows what is going on."""
+
+    def __init__(
+        self, result: Result, out: Path, console: Console, progress: Progress, steps: int
+    ) -> None:
+        self.result, self.out, self.console = result, out, console
+        self.progress, self.steps = progress, steps
+        self.bars: dict[Job, TaskID] = {}
+        self.alignment: dict[Job, float] = {}
+
+    def on_step(self, job: Job, step: int, loss: float) -> None:
+        state = f"task loss {loss:.3f}"
+        if job in self.alignment:
+            state += f"  alignment loss {self.alignment[job]:.3f}"
+        self.progress.update(self._bar(job), completed=step, state=state)
+
+    def on_point(self, job: Job, point: Point) -> None:
+        self.alignment[job] = point.alignment_loss
+
+    def on_record(self, job: Job, record: Record) -> None:
+        self.result.records.append(record)
+        write_result(self.result, self.out)
+        self._end(job)
+        seconds = record.seconds
         self.console.print(
-            f"start: task loss {losses.task:.3f}, alignment loss {losses.alignment:.3f}, "
-            f"refuses {rates.refusal:.0%} of harmful, {rates.over_refusal:.0%} of harmless prompts",
+            f"{job.name}: task loss {record.task_loss.end:.3f}, alignment loss "
+            f"{record.alignment_loss.end:.3f}, refuses {record.refusal_rate.end:.0%} "
+            f"({seconds.total:.0f} s, of which safety {seconds.safety:.1f} s)",
             soft_wrap=True,
+            markup=False,
         )
-        return losses, rates
 
-    def run(
-        self, method: MethodConfig, seed: int, start: tuple[Losses, Rates], progress: Progress
-    ) -> Record:
-        """One method with one seed."""
-        config = self.config
-        device = next(self.model.parameters()).device
-        learning_rate = method.learning_rate or config.learning_rate
-        bar = progress.add_task(f"{method.key}, seed {seed}", total=config.steps, state="")
-        points: list[Point] = []
-
-        def on_step(step: int, loss: float) -> None:
-            alignment = points[-1].alignment_loss if points else start[0].alignment
-            state = f"task loss {loss:.3f}  alignment loss {alignment:.3f}"
-            progress.update(bar, completed=step, state=state)
-
-        def on_point(point: Point) -> None:
-            points.append(point)
-            if not self.console.is_terminal:  # a log has no bar
-                self.console.print(
-                    f"{method.key}, seed {seed}, step {point.step}/{config.steps}: task loss "
-                    f"{point.task_loss:.3f}, alignment loss {point.alignment_loss:.3f}",
-                    soft_wrap=True,
-                )
-
-        with trainable(self.model, config.lora, seed) as (model, params), PeakMemory() as memory:
-            rival = method_class(method.name)(
-                Setup(
-                    model=model,
-                    params=params,
-                    safety=single_batches(self.material.safety, seed, device),
-                    harmless=single_batches(self.material.harmless_refused, seed, device),
-                    learning_rate=learning_rate,
-                    seed=seed,
-                ),
-                method.options(),
-            )
-            trajectory = train(
-                model,
-                rival,
-                batches(
-                    self.material.train,
-                    config.batch_size,
-                    config.steps,
-                    seed,
-                    self.material.pad,
-                    device,
-                ),
-                config.steps,
-                start[0],
-                self.evaluator.losses,
-                config.evaluation.every,
-                on_step,
-                on_point,
-            )
-            began = perf_counter()
-            with rival.evaluating():
-                rates = self.evaluator.rates(model)
-            seconds = perf_counter() - began
-        trajectory.seconds.evaluation += seconds
-        trajectory.seconds.total += seconds
-        last = trajectory.curve[-1]
-        record = Record(
-            method=method.key,
-            model=config.model.name,
-            task=config.task.name,
-            seed=seed,
-            steps=config.steps,
-            learning_rate=learning_rate,
-            batch_tokens=trajectory.tokens.task / max(1, trajectory.passes.task_forward),
-            curve=trajectory.curve,
-            alignment_loss=Span(start=start[0].alignment, end=last.alignment_loss),
-            task_loss=Span(start=start[0].task, end=last.task_loss),
-            refusal_rate=Span(start=start[1].refusal, end=rates.refusal),
-            over_refusal_rate=Span(start=start[1].over_refusal, end=rates.over_refusal),
-            seconds=trajectory.seconds,
-            passes=trajectory.passes,
-            tokens=trajectory.tokens,
-            peak_bytes=memory.bytes,
+    def on_failure(self, job: Job, error: str) -> None:
+        self.result.failures.append(Failure(method=job.method, seed=job.seed, error=error))
+        write_result(self.result, self.out)
+        self._end(job)
+        self.console.print(
+            f"failed: {job.name}: {error}", style="red", soft_wrap=True, markup=False
         )
-        _say(progress, record)
-        return record
+
+    def _bar(self, job: Job) -> TaskID:
+        if job not in self.bars:
+            self.bars[job] = self.progress.add_task(job.name, total=self.steps, state="")
+        return self.bars[job]
+
+    def _end(self, job: Job) -> None:
+        if job in self.bars:
+            self.progress.remove_task(self.bars.pop(job))
+        self.progress.advance(self.progress.task_ids[0])
 
 
-def _say(progress: Progress, record: Record) -> None:
-    progress.console.print(
-        f"{record.method}, seed {record.seed}: task loss {record.task_loss.end:.3f}, "
-        f"alignment loss {record.alignment_loss.end:.3f}, refuses {record.refusal_rate.end:.0%} "
-        f"({record.seconds.total:.0f} s, of which safety {record.seconds.safety:.1f} s)",
+def _say_start(console: Console, start: Start) -> None:
+    console.print(
+        f"start: task loss {start.task_loss:.3f}, alignment loss {start.alignment_loss:.3f}, "
+        f"refuses {start.refusal_rate:.0%} of harmful, {start.over_refusal_rate:.0%} of harmless "
+        "prompts",
         soft_wrap=True,
     )
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Any]:
+def _progress(console: Console, runs: int) -> Iterator[Progress]:
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[state]}"),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -201,4 +205,5 @@ def _progress(console: Console) -> Iterator[Any]:
         # Redrawing is for people who watch; the lines that are printed stay either way.
         disable=not console.is_terminal,
     ) as progress:
+        progress.add_task("all runs", total=runs, state="")
         yield progress

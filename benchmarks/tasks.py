@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import tiny
 from benchmarks.config import ConfigError, RunConfig, TaskConfig
-from benchmarks.data import datasets
+from benchmarks.data import datasets, hub
 from benchmarks.inference import Row
 from safeopt.data import ChatExample, collate, encode
 from safeopt.losses import IGNORE, response_log_probs
@@ -20,7 +20,7 @@ from safeopt.losses import IGNORE, response_log_probs
 REFUSAL = tiny.REFUSAL
 PROMPT_LENGTH = 512
 
-PAIRS: Mapping[str, Callable[[], list[tuple[str, str]]]] = {
+BUILT_IN: Mapping[str, Callable[[], list[tuple[str, str]]]] = {
     "codeio": datasets.codeio,
     "gsm8k": datasets.gsm8k,
     "summaries": datasets.summaries,
@@ -59,25 +59,28 @@ def material(config: RunConfig, tokenizer: Any) -> Material:
     Raises:
         ConfigError: if the config asks for more examples or prompts than there are.
     """
-    source = tiny if config.task.name == "tiny" else datasets
+    source = tiny if config.task.name == "tiny" or config.model.dry else datasets
     splits = source.safety_splits()
     measured = {"val": splits.tune, "test": splits.test}[config.evaluation.split]
-    rows = _task_rows(config.task, tokenizer)
-    if len(rows) < config.task.eval_examples + config.batch_size:
+    task, wanted = config.task, config.evaluation
+    rows = _task_rows(task, tokenizer, dry=config.model.dry)
+    measured_rows = task.eval_examples + task.val_examples
+    if len(rows) < measured_rows + config.batch_size:
         raise ConfigError(
-            f"task: {len(rows)} examples of {config.task.name} pass the filters, too few for "
-            f"eval_examples={config.task.eval_examples} and a batch of {config.batch_size}; lower "
-            "min_response_tokens, or turn full_length off"
+            f"task: {len(rows)} examples of {task.name} pass the filters, too few for "
+            f"eval_examples={task.eval_examples}, val_examples={task.val_examples} and a batch of "
+            f"{config.batch_size}; lower min_response_tokens, or turn full_length off"
         )
+    on_val = wanted.split == "val" and task.val_examples > 0
+    held_out = rows[task.eval_examples : measured_rows] if on_val else rows[: task.eval_examples]
     # The prompts are taken from the front of one shuffled list, so that a smaller number is a part
     # of a larger one.
     measured = random.Random(0).sample(measured, len(measured))
     harmless = source.over_refusal(config.evaluation.split)
     harmless = random.Random(0).sample(harmless, len(harmless))
-    wanted = config.evaluation
     return Material(
-        train=rows[config.task.eval_examples :],
-        held_out=rows[: config.task.eval_examples],
+        train=rows[measured_rows:],
+        held_out=held_out,
         safety=[refusal_row(tokenizer, prompt) for prompt in splits.probe],
         harmless_refused=[refusal_row(tokenizer, prompt) for prompt in source.borderline_train()],
         alignment=[
@@ -92,7 +95,8 @@ def material(config: RunConfig, tokenizer: Any) -> Material:
 
 def refusal_row(tokenizer: Any, prompt: str) -> Row:
     """A harmful prompt with the refusal that an aligned model gives."""
-    return _row(tokenizer, prompt, REFUSAL, PROMPT_LENGTH)
+    encoded = encode(tokenizer, _chat(prompt, REFUSAL), PROMPT_LENGTH)
+    return Row(input_ids=list(encoded["input_ids"]), labels=list(encoded["labels"]))
 
 
 def batches(
@@ -129,10 +133,11 @@ def task_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return (nll * mask).sum() / mask.sum()
 
 
-def _task_rows(task: TaskConfig, tokenizer: Any) -> list[Row]:
-    pairs = PAIRS[task.name]()
-    random.Random(0).shuffle(pairs)
-    rows = [_row(tokenizer, prompt, response, task.max_length) for prompt, response in pairs]
+def _task_rows(task: TaskConfig, tokenizer: Any, *, dry: bool) -> list[Row]:
+    examples = examples_of(task, dry=dry)
+    random.Random(0).shuffle(examples)
+    encoded = [encode(tokenizer, example, task.max_length) for example in examples]
+    rows = [Row(input_ids=list(e["input_ids"]), labels=list(e["labels"])) for e in encoded]
     return [
         row
         for row in rows
@@ -141,10 +146,32 @@ def _task_rows(task: TaskConfig, tokenizer: Any) -> list[Row]:
     ]
 
 
-def _row(tokenizer: Any, prompt: str, response: str, max_length: int) -> Row:
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
-    encoded = encode(tokenizer, ChatExample(messages), max_length)
-    return Row(input_ids=list(encoded["input_ids"]), labels=list(encoded["labels"]))
+def examples_of(task: TaskConfig, *, dry: bool = False) -> list[ChatExample]:
+    """The task's conversations, in the order of their source.
+
+    Args:
+        task: where they come from.
+        dry: rows of the tiny task, under the same column names, stand in for the source's.
+
+    Raises:
+        ConfigError: if the source cannot be read or its rows have another form.
+    """
+    if task.name in BUILT_IN:
+        pairs = tiny.task() if dry else BUILT_IN[task.name]()
+        return [_chat(prompt, response) for prompt, response in pairs]
+    rows = _stand_ins(task) if dry else hub.rows(task.name, task.subset, task.split)
+    return hub.examples(
+        rows, task.name, prompt=task.prompt, response=task.response, instruction=task.instruction
+    )
+
+
+def _stand_ins(task: TaskConfig) -> list[dict[str, Any]]:
+    names = (task.prompt or "prompt", task.response or "response")
+    return [dict(zip(names, pair, strict=True)) for pair in tiny.task()]
+
+
+def _chat(prompt: str, response: str) -> ChatExample:
+    return ChatExample(({"role": "user", "content": prompt},)).answered(response)
 
 
 def _first(prompts: list[str], number: int, name: str) -> list[str]:

@@ -3,23 +3,31 @@
 It is a two-layer Llama with a word-level tokenizer, trained from scratch to refuse templated
 harmful requests and to answer harmless ones in a sentence. The task is to answer requests with a
 program, in words that the model has never said before. Learning them, it loses its refusals as a
-real one does. Everything is seeded; training takes some ten seconds.
+real one does. Everything is seeded; training takes some ten seconds, once on a machine.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
+import sys
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import safeopt.data
+import safeopt.losses
 from benchmarks.data.datasets import SafetySplits, Split, split
+from benchmarks.data.sources import cache_folder
 from safeopt.data import ChatExample, collate, encode
 from safeopt.losses import refusal_nll
 
@@ -111,10 +119,32 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model() -> LlamaForCausalLM:
-    """The aligned tiny model; trained once in a process."""
+    """The aligned tiny model; trained once on a machine, and kept in the cache folder."""
     built = _blank()
-    built.load_state_dict(_trained_state())
+    built.load_state_dict(_kept_state(refusing=True))
     return built.eval()
+
+
+def unaligned() -> dict[str, Tensor]:
+    """The weights of a tiny model that has seen the same harmless answers, but no refusal."""
+    return _kept_state(refusing=False)
+
+
+@lru_cache(maxsize=2)
+def _kept_state(*, refusing: bool) -> dict[str, Tensor]:
+    """The trained weights, from the cache folder if this very code has made them before."""
+    digest = hashlib.sha256(f"{torch.__version__} {STEPS}".encode())
+    for module in (sys.modules[__name__], safeopt.data, safeopt.losses):
+        digest.update(Path(module.__file__ or "").read_bytes())
+    kind = "aligned" if refusing else "unaligned"
+    path = cache_folder() / f"tiny-{kind}-{digest.hexdigest()[:16]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            working = path.with_suffix(".partial")
+            save_file(_trained_state(refusing=refusing), working)
+            working.replace(path)
+    return load_file(path)
 
 
 def _blank() -> LlamaForCausalLM:
@@ -134,8 +164,7 @@ def _blank() -> LlamaForCausalLM:
     )
 
 
-@lru_cache(maxsize=1)
-def _trained_state() -> dict[str, Tensor]:
+def _trained_state(*, refusing: bool) -> dict[str, Tensor]:
     """Train on refusals and harmless answers in equal parts; the learning rate decays."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
@@ -148,7 +177,8 @@ def _trained_state() -> dict[str, Tensor]:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, STEPS)
     pad = int(tokenizer().pad_token_id)
     for _ in range(STEPS):
-        rows = rng.sample(refused, BATCH // 2) + rng.sample(answered, BATCH // 2)
+        first = rng.sample(refused if refusing else answered, BATCH // 2)
+        rows = first + rng.sample(answered, BATCH // 2)
         refusal_nll(trained, collate(rows, pad, side="left")).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

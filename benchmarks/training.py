@@ -66,7 +66,7 @@ def train(
     method: Method,
     batches: Iterable[Batch],
     steps: int,
-    start: Losses,
+    start: Point,
     measure: Callable[[nn.Module], Losses],
     every: int,
     on_step: Listener,
@@ -79,14 +79,14 @@ def train(
         method: built for this model.
         batches: one for each step.
         steps: their number.
-        start: the starting point's losses, measured before.
+        start: the curve's first point, measured before; if it has the prompts' losses, the others
+            get theirs too.
         measure: returns the losses of the model as it is.
         every: steps between two measurements; the last step is always measured.
         on_step: called after each step with its number and the batch's loss.
         on_point: called after each measurement.
     """
-    first = Point(step=0, task_loss=start.task, alignment_loss=start.alignment, seconds=0)
-    run = Trajectory([first])
+    run = Trajectory([start])
     trained = 0.0
     for step, batch in enumerate(batches, start=1):
         loss = _StepLoss(model, batch)
@@ -106,7 +106,11 @@ def train(
                 now = measure(model)
             run.seconds.evaluation += perf_counter() - began
             point = Point(
-                step=step, task_loss=now.task, alignment_loss=now.alignment, seconds=trained
+                step=step,
+                task_loss=now.task,
+                alignment_loss=now.alignment,
+                seconds=trained,
+                prompts=None if start.prompts is None else now.prompts,
             )
             run.curve.append(point)
             on_point(point)

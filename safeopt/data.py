@@ -70,7 +70,8 @@ def read_examples(path: str | Path, *, need_response: bool = True) -> list[ChatE
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    examples.append(_example(json.loads(line.decode("utf-8")), need_response))
+                    line_object = json.loads(line.decode("utf-8"))
+                    examples.append(chat_example(line_object, need_response=need_response))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
                 except UnicodeDecodeError as error:
@@ -80,6 +81,35 @@ def read_examples(path: str | Path, *, need_response: bool = True) -> list[ChatE
     if not examples:
         raise ValueError(f"{path}: the file is empty; expected JSON lines ({_FORMS})")
     return examples
+
+
+def chat_example(line: Any, *, need_response: bool = True) -> ChatExample:
+    """One row in any of the three forms of the module's docstring.
+
+    Args:
+        line: a dict with the form's keys; others are ignored.
+        need_response: refuse examples that end with the user's message.
+
+    Raises:
+        ValueError: if it has none of the forms, or lacks a response that is needed.
+    """
+    if not isinstance(line, dict):
+        raise ValueError(f"expected a JSON object ({_FORMS}), found {type(line).__name__}")
+    if "messages" in line:
+        example = ChatExample(_messages(line["messages"]))
+    elif "prompt" in line:
+        example = _turn(line, "prompt", "response")
+    elif "instruction" in line:
+        example = _turn(line, "instruction", "output")
+        if line.get("input"):
+            prompt = f"{line['instruction']}\n\n{_text(line, 'input')}"
+            messages = ({"role": "user", "content": prompt}, *example.messages[1:])
+            example = ChatExample(messages)
+    else:
+        raise ValueError(f"found the keys {sorted(line)}; expected {_FORMS}")
+    if need_response and example.response is None:
+        raise ValueError("there is no response to learn from; expected the assistant's at the end")
+    return example
 
 
 def encode(
@@ -200,26 +230,6 @@ def _template(
             f"conversation begins {messages[0]['content'][:40]!r}"
         ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _example(line: Any, need_response: bool) -> ChatExample:
-    if not isinstance(line, dict):
-        raise ValueError(f"expected a JSON object ({_FORMS}), found {type(line).__name__}")
-    if "messages" in line:
-        example = ChatExample(_messages(line["messages"]))
-    elif "prompt" in line:
-        example = _turn(line, "prompt", "response")
-    elif "instruction" in line:
-        example = _turn(line, "instruction", "output")
-        if line.get("input"):
-            prompt = f"{line['instruction']}\n\n{_text(line, 'input')}"
-            messages = ({"role": "user", "content": prompt}, *example.messages[1:])
-            example = ChatExample(messages)
-    else:
-        raise ValueError(f"found the keys {sorted(line)}; expected {_FORMS}")
-    if need_response and example.response is None:
-        raise ValueError("there is no response to learn from; expected the assistant's at the end")
-    return example
 
 
 def _turn(line: dict[str, Any], prompt: str, response: str) -> ChatExample:

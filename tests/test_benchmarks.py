@@ -33,9 +33,9 @@ def short_training():
     """Refusals need not be perfect here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "STEPS", 60)
-        tiny._trained_state.cache_clear()
+        tiny._kept_state.cache_clear()
         yield
-    tiny._trained_state.cache_clear()
+    tiny._kept_state.cache_clear()
 
 
 def plain_config() -> dict:

@@ -1,0 +1,267 @@
+"""Where runs take place: here, one after another; in processes of this machine; on a Ray cluster.
+
+Outside of this process every run has a process of its own, so that nothing of one run reaches
+another: neither its memory nor its crash. Every executor calls the same listener.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.config import RunConfig
+from benchmarks.records import Point, Record, Start
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run, as plain data, so that it can be sent to another process or machine.
+
+    Attributes:
+        config: of the comparison that the run is a part of.
+        method: the key of its method.
+        seed: its seed.
+        start: the model before training, measured once for all runs.
+        threads: processor threads where the config does not say; None for torch's choice.
+    """
+
+    config: dict[str, Any]
+    method: str
+    seed: int
+    start: dict[str, Any]
+    threads: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.method}, seed {self.seed}"
+
+
+class JobListener(Protocol):
+    """What happens to jobs. All methods are called in the process that started them."""
+
+    def on_step(self, job: Job, step: int, loss: float) -> None:
+        """After a training step."""
+
+    def on_point(self, job: Job, point: Point) -> None:
+        """After a measurement during training."""
+
+    def on_record(self, job: Job, record: Record) -> None:
+        """When a job is finished."""
+
+    def on_failure(self, job: Job, error: str) -> None:
+        """When a job has crashed."""
+
+
+Executor = Callable[[Sequence[Job], JobListener], None]
+
+
+def measure_start(config: dict[str, Any], threads: int | None) -> dict[str, Any]:
+    """The model before training, as plain data."""
+    from benchmarks.bench import Bench
+
+    _use_threads(threads)
+    return Bench(RunConfig.model_validate(config)).measure_start().model_dump(mode="json")
+
+
+def do(
+    job: Job, on_step: Callable[[int, float], None], on_point: Callable[[Point], None]
+) -> Record:
+    """Do a job in this process."""
+    from benchmarks.bench import Bench
+
+    config = RunConfig.model_validate(job.config)
+    (method,) = [method for method in config.methods if method.key == job.method]
+    start = Start.model_validate(job.start)
+    _use_threads(job.threads)
+    return Bench(config).run(method, job.seed, start, on_step, on_point)
+
+
+def _use_threads(number: int | None) -> None:
+    """Before the model is loaded; a config's own number overrides it afterwards."""
+    if number is not None:
+        import torch
+
+        torch.set_num_threads(number)
+
+
+# --- processes ---
+
+
+def processes(number: int) -> Executor:
+    """An executor with ``number`` processes at a time, a new one for every job."""
+
+    def execute(jobs: Sequence[Job], listener: JobListener) -> None:
+        context = _context()
+        waiting = deque(jobs)
+        running: dict[Connection, tuple[Job, BaseProcess]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < number:
+                    job = waiting.popleft()
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_child, args=(job, theirs), daemon=True)
+                    process.start()
+                    theirs.close()  # so that the end of the process is the end of the pipe
+                    running[ours] = (job, process)
+                for connection in wait(list(running)):
+                    assert isinstance(connection, Connection)
+                    job, process = running[connection]
+                    if _receive(connection, job, process, listener):
+                        connection.close()
+                        del running[connection]
+        finally:
+            for _, process in running.values():
+                process.kill()
+
+    return execute
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, from a process of its own; an error in it is raised here."""
+    with _context().Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _context() -> Any:
+    """A server that has imported everything once and forks for each job; elsewhere new processes.
+
+    Plain forking would copy this process with its threads, which can leave locks taken for ever.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.bench"])
+    return context
+
+
+def _receive(connection: Connection, job: Job, process: BaseProcess, listener: JobListener) -> bool:
+    """Pass one message on; whether it was the last."""
+    try:
+        kind, content = connection.recv()
+    except EOFError:  # killed, for want of memory for instance
+        process.join()
+        listener.on_failure(job, f"the process ended by {_ending(process.exitcode)}")
+        return True
+    if kind == "step":
+        listener.on_step(job, *content)
+    elif kind == "point":
+        listener.on_point(job, Point.model_validate(content))
+    else:
+        process.join()
+        if kind == "record":
+            listener.on_record(job, Record.model_validate(content))
+        else:
+            listener.on_failure(job, content)
+        return True
+    return False
+
+
+def _child(job: Job, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    _be_quiet()
+    try:
+        record = do(
+            job,
+            lambda step, loss: connection.send(("step", (step, loss))),
+            lambda point: connection.send(("point", point.model_dump(mode="json"))),
+        )
+        connection.send(("record", record.model_dump(mode="json")))
+    except Exception as error:
+        connection.send(("failure", _told(error)))
+    finally:
+        connection.close()
+
+
+def _be_quiet() -> None:
+    from benchmarks.quiet import be_quiet
+
+    be_quiet()
+
+
+def _told(error: BaseException) -> str:
+    """The error with the place where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+# --- Ray ---
+
+
+def on_ray(address: str, threads: int) -> Executor:
+    """An executor on a Ray cluster: every job is a task that takes ``threads`` processors.
+
+    Args:
+        address: of the cluster, ``auto`` for the one that this machine belongs to, or ``local`` to
+            start one on this machine.
+        threads: processors of a job.
+    """
+
+    def execute(jobs: Sequence[Job], listener: JobListener) -> None:
+        import ray
+
+        packages = [str(REPOSITORY / name) for name in ("benchmarks", "safeopt")]
+        settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        ray.init(
+            address=address,
+            # The packages of this checkout travel to the workers; what they need must be there.
+            runtime_env={"py_modules": packages},
+            log_to_driver=False,
+            **settings,
+        )
+        try:
+            # max_calls=1: a process of its own for every run, as everywhere.
+            task = ray.remote(num_cpus=threads, max_retries=0, max_calls=1)(_ray_task)
+            running = {task.remote(job): job for job in jobs}
+            while running:
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                job = running.pop(done)
+                try:
+                    kind, content = ray.get(done)
+                except ray.exceptions.RayError as error:
+                    reason = (str(error).strip() or "no reason given").splitlines()[0]
+                    listener.on_failure(job, f"{type(error).__name__}: {reason}")
+                    continue
+                if kind == "record":
+                    listener.on_record(job, Record.model_validate(content))
+                else:
+                    listener.on_failure(job, content)
+        finally:
+            ray.shutdown()
+
+    return execute
+
+
+def _ray_task(job: Job) -> tuple[str, Any]:
+    _be_quiet()
+    try:
+        record = do(job, lambda step, loss: None, lambda point: None)
+        return "record", record.model_dump(mode="json")
+    except Exception as error:
+        return "failure", _told(error)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

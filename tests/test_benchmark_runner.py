@@ -1,0 +1,135 @@
+"""Runs in processes and on Ray: equal to runs in one process, and a crash costs one run only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.config import RunConfig
+from benchmarks.jobs import on_ray, processes
+from benchmarks.records import read_result
+from benchmarks.run import run
+
+QUIET = Console(quiet=True)
+
+METHODS = """
+import os, signal
+from benchmarks.methods.adamw import AdamW
+
+class Raises(AdamW):
+    def after_step(self):
+        raise RuntimeError("a bug of its own")
+
+class Dies(AdamW):
+    def after_step(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Diverges(AdamW):
+    def after_step(self):
+        for parameter in self.setup.params:
+            parameter.data.fill_(float("nan"))
+"""
+
+
+def config(methods: list[dict], seeds: tuple[int, ...] = (0,)) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"name": "tiny"},
+            "task": {"name": "tiny", "max_length": 64, "eval_examples": 8, "val_examples": 8},
+            "batch_size": 8,
+            "steps": 4,
+            "learning_rate": 2e-3,
+            "lora": {"target_modules": ["q_proj", "v_proj"]},
+            "seeds": list(seeds),
+            "threads": 1,
+            "methods": methods,
+            "evaluation": {
+                "every": 2,
+                "alignment_prompts": 6,
+                "refusal_prompts": 4,
+                "over_refusal_prompts": 4,
+                "new_tokens": 4,
+                "harmless_kl": True,
+                "per_prompt": True,
+                "metric_examples": 2,
+            },
+        }
+    )
+
+
+def comparable(result) -> dict:
+    """Everything but timings, memory and where it was run."""
+
+    def without(value):
+        if isinstance(value, dict):
+            gone = ("seconds", "peak_bytes", "environment")
+            return {key: without(inner) for key, inner in value.items() if key not in gone}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return without(result.model_dump(mode="json"))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The reference: all runs in this process."""
+    return run(
+        config([{"name": "adamw"}, {"name": "replay"}], (0, 1)), _new(tmp_path_factory), QUIET
+    )
+
+
+def _new(factory) -> Path:
+    return factory.mktemp("result")
+
+
+def test_a_record_has_what_the_config_asks_for(here):
+    record = here.records[0]
+    assert [(r.method, r.seed) for r in here.records] == [
+        ("adamw", 0), ("replay", 0), ("adamw", 1), ("replay", 1),
+    ]  # fmt: skip
+    for point in record.curve:
+        assert sum(point.prompts) / 6 == pytest.approx(point.alignment_loss, rel=1e-4)
+    assert record.harmless_kl > 0
+    assert 0 <= record.task_metric.end <= 1
+    assert len(here.start.answers) == 4
+
+
+def test_processes_give_the_same_json_as_one_process(here, tmp_path: Path):
+    both = run(
+        config([{"name": "adamw"}, {"name": "replay"}], (0, 1)), tmp_path, QUIET, processes(2)
+    )
+    assert comparable(both) == comparable(here)
+    assert comparable(read_result(tmp_path)) == comparable(here)
+
+
+def test_a_crash_costs_one_run_and_is_tried_again(here, tmp_path: Path):
+    file = tmp_path / "broken.py"
+    file.write_text(METHODS, encoding="utf-8")
+    broken = [{"name": f"{file}:{name}", "label": name} for name in ("Raises", "Dies", "Diverges")]
+    wanted = config([*broken, {"name": "adamw"}])
+    result = run(wanted, tmp_path / "out", QUIET, processes(2))
+    assert [record.method for record in result.records] == ["adamw"]
+    assert result.records[0].curve[-1].task_loss == here.records[0].curve[-1].task_loss
+    errors = {failure.method: failure.error for failure in result.failures}
+    assert errors["Raises"].startswith("RuntimeError: a bug of its own (broken.py:")
+    assert "SIGKILL" in errors["Dies"]
+    assert "DivergedError: step 2: task loss nan" in errors["Diverges"]
+
+    file.write_text(METHODS.replace("raise RuntimeError", "str"), encoding="utf-8")
+    again = run(wanted, tmp_path / "out", QUIET, processes(2))
+    assert [record.method for record in again.records] == ["Raises", "adamw"]
+    assert [failure.method for failure in again.failures] == ["Dies", "Diverges"]
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_json_as_one_process(here, tmp_path: Path):
+    pytest.importorskip("ray")
+    file = tmp_path / "broken.py"
+    file.write_text(METHODS, encoding="utf-8")
+    wanted = config([{"name": "adamw"}, {"name": f"{file}:Raises", "label": "Raises"}])
+    result = run(wanted, tmp_path / "out", QUIET, on_ray("local", threads=1))
+    (record,) = comparable(result)["records"]
+    assert record == comparable(here)["records"][0]
+    (failure,) = result.failures
+    assert failure.error.startswith("RuntimeError: a bug of its own")
