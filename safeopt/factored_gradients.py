@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from safeopt.factored import FactoredRows
 from safeopt.factors import Factors
@@ -98,7 +98,6 @@ class _FactoredRecorder(Recorder):
         self, model: nn.Module, params: Sequence[Tensor], examples: int, skip: set[int]
     ) -> None:
         super().__init__(model, params, examples, skip)
-        self.edges: list[GradientEdge] = []
         self._calls: list[tuple[nn.Module, Any, Any]] = []
         # One entry for each input of linear layers: its tensor and the output gradients.
         self._linear_sites: dict[tuple[Any, ...], list[tuple[Tensor, dict[int, Tensor]]]] = {}

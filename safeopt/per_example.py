@@ -16,6 +16,9 @@ as it is and is not noticed: the rows are then each example's share of the total
 
 Cost: one forward and one backward pass of the batch, and ``m`` numbers for each parameter.
 
+Under ``fully_shard`` a module holds whole weights while it runs, forward and backward, and the
+hooks run then too; of each gradient a rank keeps its own part. All ranks run the same examples.
+
 `safeopt.factored_gradients` keeps a and b instead of the m matrices of linear layers.
 """
 
@@ -30,9 +33,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from safeopt.distributed import ALONE, Layout, Part, local, sharded_gradients
 from safeopt.rows import row_dtype as row_dtype
 
 logger = logging.getLogger("safeopt")
@@ -47,7 +52,8 @@ class PerExampleGradients(NamedTuple):
     Attributes:
         losses: shape ``(m,)``, detached.
         rows: one tensor for each parameter, shape ``(m, *p.shape)``, in float32 (float64 for
-            float64 parameters); zeros where the losses do not depend on the parameter.
+            float64 parameters); zeros where the losses do not depend on the parameter. This
+            process's part where parameters are sharded.
     """
 
     losses: Tensor
@@ -60,6 +66,9 @@ def per_example_gradients(
     model: nn.Module,
     params: Sequence[Tensor],
     looped: set[int],
+    layout: Layout = ALONE,
+    *,
+    verify: bool = True,
 ) -> PerExampleGradients:
     """Compute the gradient of each example's loss with respect to ``params``.
 
@@ -70,52 +79,80 @@ def per_example_gradients(
         model: the module that holds ``params``.
         params: parameters that require a gradient.
         looped: indices into ``params`` known to need the loop over examples; extended in place.
+        layout: how the parameters lie over the processes.
+        verify: whether the sum over the examples is checked. For sharded parameters that takes the
+            weights' gradients and their reduction, so do it once; for others it is free.
 
     Returns:
         Losses and gradients, see `PerExampleGradients`.
     """
-    with Recorder(model, params, len(single_losses), skip=looped) as recorder:
+    total: Sequence[Tensor | None] = ()
+    with Recorder(model, params, len(single_losses), looped, layout) as recorder:
         values = losses()
-        total = torch.autograd.grad(values.sum(), list(params), allow_unused=True)
+        if recorder.edges and not verify:  # the gradients of the layers' outputs alone
+            torch.autograd.grad(values.sum(), recorder.edges, allow_unused=True)
+        elif layout.sharded:
+            total = sharded_gradients(values.sum(), params)
+        else:
+            total = torch.autograd.grad(values.sum(), list(params), allow_unused=True)
     rows = [recorder.row(index) for index in range(len(params))]
-    for index, (gradient, row) in enumerate(zip(total, rows, strict=True)):
-        if index not in looped and gradient is not None:
-            recorder.check(index, row.sum(0), gradient, torch.linalg.vector_norm(row), looped)
-    for index, row in looped_rows(single_losses, params, looped).items():
+    if layout.sharded:
+        recorder.check_parts(total, rows, looped)
+    else:
+        for index, (gradient, row) in enumerate(zip(total, rows, strict=True)):
+            if index not in looped and gradient is not None:
+                recorder.check(index, row.sum(0), gradient, torch.linalg.vector_norm(row), looped)
+    for index, row in looped_rows(single_losses, params, looped, layout).items():
         rows[index] = row
     return PerExampleGradients(values.detach(), rows)
 
 
 def looped_rows(
-    single_losses: Sequence[Callable[[], Tensor]], params: Sequence[Tensor], looped: set[int]
+    single_losses: Sequence[Callable[[], Tensor]],
+    params: Sequence[Tensor],
+    looped: set[int],
+    layout: Layout = ALONE,
 ) -> dict[int, Tensor]:
     """Gradients of a few parameters by one pass for each example."""
-    rows = {
-        i: params[i].new_zeros((len(single_losses), *params[i].shape), dtype=row_dtype(params[i]))
-        for i in sorted(looped)
-    }
+    chosen = [params[i] for i in sorted(looped)]
+    rows = [_empty_row(p, len(single_losses)) for p in chosen]
     if not rows:
-        return rows
+        return {}
     for example, single in enumerate(single_losses):
-        gradients = torch.autograd.grad(
-            single().sum(), [params[i] for i in rows], allow_unused=True
-        )
-        for row, gradient in zip(rows.values(), gradients, strict=True):
+        loss = single().sum()
+        if layout.sharded:
+            gradients: Sequence[Tensor | None] = sharded_gradients(loss, chosen)
+        else:
+            gradients = torch.autograd.grad(loss, chosen, allow_unused=True)
+        for row, gradient in zip(rows, gradients, strict=True):
             if gradient is not None:
-                row[example] = gradient
-    return rows
+                row[example] = local(gradient)
+    return dict(zip(sorted(looped), rows, strict=True))
+
+
+def _empty_row(p: Tensor, examples: int) -> Tensor:
+    part = local(p.detach())
+    return torch.zeros((examples, *part.shape), dtype=row_dtype(p), device=part.device)
 
 
 class Recorder(AbstractContextManager["Recorder"]):
     """Hooks that add each module's share of the per-example gradients to ``rows``."""
 
     def __init__(
-        self, model: nn.Module, params: Sequence[Tensor], examples: int, skip: set[int]
+        self,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        examples: int,
+        skip: set[int],
+        layout: Layout = ALONE,
     ) -> None:
         self.examples = examples
+        self.edges: list[GradientEdge] = []  # of all recorded outputs
         self.mixed: set[int] = set()
         self.rounded = False  # a layer ran in half precision, by itself or under autocast
         self._params = params
+        self._layout = layout
+        self._parts: Sequence[Part | None] = layout.parts or [None] * len(params)
         self._rows: dict[int, Tensor] = {}
         wanted = {id(p): index for index, p in enumerate(params) if index not in skip}
         self._owned: dict[nn.Module, dict[str, int]] = {}
@@ -147,9 +184,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def row(self, index: int) -> Tensor:
         """The dense rows of a parameter, zeros at first."""
         if index not in self._rows:
-            p = self._params[index]
-            shape = (self.examples, *p.shape)
-            self._rows[index] = torch.zeros(shape, dtype=row_dtype(p), device=p.device)
+            self._rows[index] = _empty_row(self._params[index], self.examples)
         return self._rows[index]
 
     def check(
@@ -157,9 +192,35 @@ class Recorder(AbstractContextManager["Recorder"]):
     ) -> None:
         """Put a parameter into ``looped`` where its rows' sum is not the total gradient."""
         gap = torch.linalg.vector_norm(summed - gradient.to(summed.dtype))
-        exact = gradient.dtype == summed.dtype and not self.rounded
-        tolerance = _AGREEMENT[summed.dtype] if exact else 0.1
-        if index in self.mixed or gap > tolerance * scale + torch.finfo(gradient.dtype).tiny:
+        self._judge(index, float(gap), float(scale), (summed.dtype, gradient.dtype), looped)
+
+    def check_parts(
+        self, gradients: Sequence[Tensor | None], rows: Sequence[Tensor], looped: set[int]
+    ) -> None:
+        """`check` for all sharded parameters with one all-reduce; without gradients only mixed."""
+        looped |= self.mixed
+        known = [(i, g) for i, g in enumerate(gradients) if g is not None and i not in looped]
+        if not known:
+            return
+        squares = [
+            torch.stack([(rows[i].sum(0) - local(g)).square().sum(), rows[i].square().sum()])
+            for i, g in known
+        ]
+        lengths = self._layout.sum(torch.stack(squares).double()).sqrt().tolist()
+        for (index, gradient), (gap, scale) in zip(known, lengths, strict=True):
+            self._judge(index, gap, scale, (rows[index].dtype, gradient.dtype), looped)
+
+    def _judge(
+        self,
+        index: int,
+        gap: float,
+        scale: float,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        looped: set[int],
+    ) -> None:
+        exact = dtypes[0] == dtypes[1] and not self.rounded
+        tolerance = _AGREEMENT[dtypes[0]] if exact else 0.1
+        if index in self.mixed or gap > tolerance * scale + torch.finfo(dtypes[1]).tiny:
             looped.add(index)
             logger.info("per-example gradients of parameter %d need a loop over examples", index)
 
@@ -172,6 +233,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._watch(output, module, args, kwargs)
 
     def _watch(self, output: Tensor, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.edges.append(get_gradient_edge(output))
         output.register_hook(lambda b: self._record(module, args, kwargs, b))
 
     @torch.no_grad()
@@ -183,7 +245,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             self.mixed.update(own.values())
         elif type(module).forward is nn.Linear.forward:
             self._linear(own, first, b)
-        elif type(module) is nn.Embedding and not (module.max_norm or module.scale_grad_by_freq):
+        elif _plain_embedding(module):
             self._embedding(module, own["weight"], first, b)
         else:
             self._local_products(module, own, args, kwargs, b)
@@ -193,18 +255,32 @@ class Recorder(AbstractContextManager["Recorder"]):
         if "weight" in own:
             rows = self.row(own["weight"])
             a = a.reshape(self.examples, -1, a.shape[-1])
-            rows.baddbmm_(b.transpose(1, 2).to(rows.dtype), a.to(rows.dtype))
+            part = self._parts[own["weight"]]
+            inputs = part.cut(a, 1) if part is not None and part.dim == 1 else a
+            outputs = part.cut(b, 2) if part is not None and part.dim == 0 else b
+            rows.baddbmm_(outputs.transpose(1, 2).to(rows.dtype), inputs.to(rows.dtype))
         if "bias" in own:
-            self.row(own["bias"]).add_(b.sum(1))
+            self.row(own["bias"]).add_(self._own(own["bias"], b.sum(1), leading=1))
 
-    def _embedding(self, module: nn.Embedding, index: int, tokens: Tensor, b: Tensor) -> None:
+    def _own(self, index: int, whole: Tensor, leading: int = 0) -> Tensor:
+        """This process's part of a gradient."""
+        part = self._parts[index]
+        return whole if part is None else part.cut(whole, leading)
+
+    def _embedding(self, module: Any, index: int, tokens: Tensor, b: Tensor) -> None:
         rows = self.row(index)
         flat_b = b.reshape(self.examples, -1, b.shape[-1]).to(rows.dtype)
         tokens = tokens.reshape(self.examples, -1)
         if module.padding_idx is not None:
             flat_b = flat_b * (tokens != module.padding_idx).unsqueeze(-1)
+        part = self._parts[index]
         for example in range(self.examples):
-            rows[example].index_add_(0, tokens[example], flat_b[example])
+            if part is None:
+                rows[example].index_add_(0, tokens[example], flat_b[example])
+            else:
+                whole = rows.new_zeros(module.weight.shape)
+                whole.index_add_(0, tokens[example], flat_b[example])
+                rows[example] += part.cut(whole)
 
     def _local_products(
         self, module: nn.Module, own: dict[str, int], args: Any, kwargs: Any, b: Tensor
@@ -228,9 +304,15 @@ class Recorder(AbstractContextManager["Recorder"]):
             gradients = torch.autograd.grad(output, list(leaves.values()), part, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    self.row(own[name])[example] += gradient
+                    self.row(own[name])[example] += self._own(own[name], gradient)
 
     def _one(self, value: Any, example: int) -> Any:
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.examples:
             return value[example : example + 1].detach()
         return value
+
+
+def _plain_embedding(module: Any) -> bool:
+    """Whether a module is an embedding, perhaps under `fully_shard`, that is a mere look-up."""
+    looks_up = type(module).forward is nn.Embedding.forward
+    return looks_up and not (module.max_norm or module.scale_grad_by_freq)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from safeopt.distributed import Layout, is_sharded, local, reshard, sharded_gradients, undivided
 from safeopt.factored import FactoredRows
 from safeopt.factored_gradients import factored_gradients, in_order
 from safeopt.isolation import untouched
@@ -53,7 +54,9 @@ class SafetyProbe:
     """Safety examples and the alignment loss on them.
 
     Args:
-        model: the model that is fine-tuned (the module itself, not a data-parallel wrapper).
+        model: the model that is fine-tuned. Where several processes train it, the
+            ``DistributedDataParallel`` module, or the module given to ``fully_shard``: see
+            `safeopt.distributed`. Every rank has all examples.
         batches: safety batches, see `safeopt.losses`; at least one example in all. Padding is
             removed; examples are batched anew, by length, when they are used.
         held: batches of harmless prompts, each with a refusal as its response. Restoring alignment
@@ -64,7 +67,8 @@ class SafetyProbe:
         micro_batch_size: the largest number of examples in one pass, at least 1.
 
     Raises:
-        TypeError: if ``model`` is not a module or ``loss`` is neither a name nor callable.
+        TypeError: if ``model`` is not a module, is wrapped by FullyShardedDataParallel (FSDP1) or
+            DeepSpeed, or ``loss`` is neither a name nor callable.
         ValueError: if there is no example, an example has no labelled token, tensors of a batch
             disagree in size, or ``loss`` or ``micro_batch_size`` is out of range.
     """
@@ -82,7 +86,7 @@ class SafetyProbe:
             raise TypeError(f"model={type(model).__name__}: expected a torch.nn.Module")
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size}: at least one example a pass")
-        self.model = model
+        self.model, self._group = undivided(model)
         self.micro_batch_size = micro_batch_size
         self.passes = PassCounter()
         self.loss = _named_loss(loss)
@@ -104,6 +108,7 @@ class SafetyProbe:
         self._reference_cached = not isinstance(self.loss, ReferenceKL)
         self._looped: set[int] = set()
         self._looped_for: tuple[int, ...] = ()
+        self._sharded = False  # during a pass: whether the model is under `fully_shard`
         self._verified = False  # whether `_looped` has been found for factored gradients
 
     def __len__(self) -> int:
@@ -120,13 +125,15 @@ class SafetyProbe:
             Shape ``(m,)``, float32 (float64 for a float64 model), detached.
         """
         chosen = self._check(indices)
-        values: list[Tensor] = [torch.empty(0)] * len(chosen)
         with self._untouched(), torch.no_grad():
-            for positions in self._micro_batches(chosen):
-                losses = self._run([chosen[p] for p in positions], backward=False)
+            layout = self._model_layout()
+            mine = [chosen[p] for p in layout.share(len(chosen))]
+            values: list[Tensor] = [torch.empty(0)] * len(mine)
+            for positions in self._micro_batches(mine):
+                losses = self._run([mine[p] for p in positions], backward=False)
                 for position, loss in zip(positions, losses, strict=True):
                     values[position] = loss
-        return torch.stack(values)
+            return layout.gather(torch.stack(values), len(chosen))
 
     def value(self, indices: Sequence[int] | None = None) -> float:
         """Alignment loss A(θ), the mean over the examples: one forward pass."""
@@ -160,7 +167,10 @@ class SafetyProbe:
             for positions in self._micro_batches(chosen):
                 loss = self._run([chosen[p] for p in positions], backward=True).sum() / len(chosen)
                 value += float(loss.detach())
-                parts = torch.autograd.grad(loss, list(params), allow_unused=True)
+                if any(is_sharded(p) for p in params):
+                    parts: Sequence[Tensor | None] = sharded_gradients(loss, params)
+                else:
+                    parts = torch.autograd.grad(loss, list(params), allow_unused=True)
                 for accumulated, part in zip(total, parts, strict=True):
                     if part is not None:
                         accumulated += part
@@ -177,26 +187,37 @@ class SafetyProbe:
 
         Returns:
             Losses ``(m,)`` and, for each parameter, gradients ``(m, *p.shape)``, in the order of
-            ``indices``. Memory: m numbers for each parameter.
+            ``indices``. Memory: m numbers for each parameter. Of sharded parameters, this process's
+            parts.
         """
         chosen = self._check(indices)
         self._prepare_for(params)
-        losses = torch.empty(len(chosen))
-        rows = [p.new_empty((len(chosen), *p.shape), dtype=row_dtype(p)) for p in params]
         with self._untouched(), torch.enable_grad():
-            for positions in self._micro_batches(chosen):
-                members = [chosen[position] for position in positions]
+            layout = self.layout(params)
+            split = not layout.sharded
+            mine = [chosen[p] for p in layout.share(len(chosen))] if split else chosen
+            losses = torch.empty(len(mine))
+            rows = [local(p.detach()) for p in params]
+            rows = [p.new_empty((len(mine), *p.shape), dtype=row_dtype(p)) for p in rows]
+            for positions in self._micro_batches(mine):
+                members = [mine[position] for position in positions]
                 part = per_example_gradients(
                     partial(self._run, members, backward=True),
                     [partial(self._run, [member], backward=True) for member in members],
                     self.model,
                     params,
                     self._looped,
+                    layout,
+                    verify=split or not self._verified,
                 )
                 losses = losses.to(part.losses)
                 losses[positions] = part.losses
                 for all_rows, some in zip(rows, part.rows, strict=True):
                     all_rows[positions] = some
+            self._verified = True
+            if split:
+                losses = layout.gather(losses, len(chosen))
+                rows = [layout.gather(row, len(chosen)) for row in rows]
         return PerExampleGradients(losses, rows)
 
     def factored(
@@ -273,6 +294,31 @@ class SafetyProbe:
             self.loss.load_state_dict(stored)
             self._reference_cached = True
 
+    def layout(self, params: Sequence[Tensor]) -> Layout:
+        """How parameters lie over the processes.
+
+        Args:
+            params: parameters of the model.
+
+        Raises:
+            ValueError: if some of them do not belong to the model.
+            TypeError: if they are sharded in a way that is not supported.
+        """
+        reshard(self.model)
+        own = {id(p) for p in self.model.parameters()}
+        foreign = sum(id(p) not in own for p in params)
+        if foreign:
+            raise ValueError(
+                f"params: {foreign} of {len(params)} protected parameters do not belong to the "
+                "probe's model; give the probe the model that is trained"
+            )
+        return Layout.of(params, self._group)
+
+    def _model_layout(self) -> Layout:
+        """As `layout`, of one parameter for all."""
+        params = list(self.model.parameters())
+        return Layout.of([next(filter(is_sharded, params), params[0])], self._group)
+
     def _prepare_for(self, params: Sequence[Tensor]) -> None:
         """Forget which parameters need the loop over examples if these are others than before."""
         if self._looped_for != tuple(id(p) for p in params):
@@ -301,7 +347,9 @@ class SafetyProbe:
     def _run(self, members: Sequence[int], *, backward: bool) -> Tensor:
         whole = _join([self._examples[index] for index in members], _device(self.model))
         batch: dict[str, Tensor] = whole
-        if self.loss is refusal_nll and not backward:
+        # Sharing a beginning takes a pass of its own, and passes of a sharded model are run by all
+        # ranks together, whatever their examples.
+        if self.loss is refusal_nll and not backward and not self._sharded:
             batch = share_prefix(self.model, whole)
         self.passes.forward += 1
         self.passes.forward_tokens += tokens_run(whole, batch)
@@ -332,10 +380,18 @@ class SafetyProbe:
     def _untouched(self) -> Iterator[None]:
         """Evaluation mode inside; everything as before outside, and the time counted."""
         start = time.perf_counter()
+        reshard(self.model)
+        gradients = [(p, p.grad) for p in self.model.parameters() if is_sharded(p)]
+        self._sharded = bool(gradients)
+        for p, _ in gradients:  # `fully_shard` adds to the gradients that are there, in place
+            p.grad = None
         try:
             with untouched(self.model, checkpointing=False):
                 yield
         finally:
+            reshard(self.model)
+            for p, gradient in gradients:
+                p.grad = gradient
             self.passes.seconds += time.perf_counter() - start
 
 

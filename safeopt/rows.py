@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from safeopt.distributed import ALONE, Layout, local
+
 # Columns multiplied in the rows' own dtype; the products of these chunks are summed in float64.
 COLUMNS = 1 << 14
 
@@ -55,10 +57,12 @@ class DenseRows:
 
     Args:
         blocks: one tensor for each parameter, shape ``(m, *p.shape)``, float32 or float64.
+        layout: how the parameters lie over the processes; the blocks are this process's parts.
     """
 
-    def __init__(self, blocks: Sequence[Tensor]) -> None:
+    def __init__(self, blocks: Sequence[Tensor], layout: Layout = ALONE) -> None:
         self.blocks = list(blocks)
+        self.layout = layout
 
     def __len__(self) -> int:
         """Number of rows m."""
@@ -76,28 +80,36 @@ class DenseRows:
 
     def products(self) -> Tensor:
         """The Gram matrix, shape ``(m, m)``, float64: m²·n operations."""
-        return inner_products(self.blocks, self.blocks)
+        return self.layout.sum(inner_products(self.blocks, self.blocks))
 
     def products_of(self, index: int) -> Tensor:
         """What parameter ``index`` adds to the Gram matrix, shape ``(m, m)``, float64."""
-        return inner_products([self.blocks[index]], [self.blocks[index]])
+        block = [self.blocks[index]]
+        return self.layout.sum(inner_products(block, block))
 
     def along(self, index: int, direction: Tensor) -> Tensor:
         """Inner products of parameter ``index``'s part with a direction, ``(m,)``, float64."""
-        row = direction.detach().unsqueeze(0).to(self.blocks[index])
-        return inner_products([self.blocks[index]], [row]).squeeze(1)
+        row = local(direction.detach()).unsqueeze(0).to(self.blocks[index])
+        return self.layout.sum(inner_products([self.blocks[index]], [row]).squeeze(1))
 
     def block(self, index: int) -> Tensor:
         """The part of parameter ``index``, shape ``(m, *p.shape)``."""
         return self.blocks[index]
 
     def noise(self, generator: torch.Generator) -> DenseRows:
-        """Standard normal rows."""
-        return DenseRows([torch.randn(b.shape, generator=generator).to(b) for b in self.blocks])
+        """Standard normal rows; the same ones however they lie over the processes."""
+        parts = self.layout.parts or [None] * len(self.blocks)
+        blocks = []
+        for b, part in zip(self.blocks, parts, strict=True):
+            shape = b.shape if part is None else part.whole(b.shape, leading=1)
+            drawn = torch.randn(shape, generator=generator)
+            blocks.append((drawn if part is None else part.cut(drawn, leading=1)).to(b))
+        return DenseRows(blocks, self.layout)
 
     def scaled(self, factors: Tensor) -> DenseRows:
         """The rows times ``factors (m,)``."""
-        return DenseRows([b * factors.to(b).view(-1, *[1] * (b.dim() - 1)) for b in self.blocks])
+        blocks = [b * factors.to(b).view(-1, *[1] * (b.dim() - 1)) for b in self.blocks]
+        return DenseRows(blocks, self.layout)
 
 
 def as_matrix(rows: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.flat import FlatBlocks
+from safeopt.distributed import ALONE, Layout, local
 from safeopt.rows import GradientRows, as_matrix, flat_products, mixed, row_dtype
 from safeopt.rows import inner_products as inner_products
 
@@ -115,12 +116,14 @@ class DenseBasis:
     Args:
         blocks: one tensor for each parameter, shape ``(k, *p.shape)``, float32 or float64; together
             their rows are orthonormal.
+        layout: how the parameters lie over the processes; the blocks are this process's parts.
     """
 
     kind: ClassVar[str] = "dense"
 
-    def __init__(self, blocks: Sequence[Tensor]) -> None:
+    def __init__(self, blocks: Sequence[Tensor], layout: Layout = ALONE) -> None:
         self._flat = FlatBlocks(blocks)
+        self.layout = layout
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -128,12 +131,15 @@ class DenseBasis:
         return self._flat.blocks
 
     @classmethod
-    def empty(cls, params: Sequence[Tensor]) -> DenseBasis:
+    def empty(cls, params: Sequence[Tensor], layout: Layout = ALONE) -> DenseBasis:
         """The basis without a direction."""
-        return cls([p.detach().new_empty((0, *p.shape), dtype=row_dtype(p)) for p in params])
+        parts = [local(p.detach()) for p in params]
+        return cls([p.new_empty((0, *p.shape), dtype=row_dtype(p)) for p in parts], layout)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], params: Sequence[Tensor]) -> DenseBasis:
+    def from_state(
+        cls, state: Mapping[str, Any], params: Sequence[Tensor], layout: Layout = ALONE
+    ) -> DenseBasis:
         """The basis of a `state_dict`, on the parameters' devices; its tensors are not copied.
 
         Raises:
@@ -141,12 +147,13 @@ class DenseBasis:
         """
         blocks = state["blocks"]
         rank = blocks[0].shape[0] if blocks else 0
-        if [tuple(block.shape) for block in blocks] != [(rank, *p.shape) for p in params]:
+        parts = [local(p.detach()) for p in params]
+        if [tuple(block.shape) for block in blocks] != [(rank, *p.shape) for p in parts]:
             raise ValueError(
                 f"its shapes do not fit the parameters ({len(blocks)} blocks of rank {rank} for "
                 f"{len(params)} parameters)"
             )
-        return cls([block.to(p.device) for block, p in zip(blocks, params, strict=True)])
+        return cls([block.to(p.device) for block, p in zip(blocks, params, strict=True)], layout)
 
     def state_dict(self) -> dict[str, Any]:
         """Its blocks."""
@@ -174,8 +181,11 @@ class DenseBasis:
         return self.coordinates_together([tensors])[0]
 
     def coordinates_together(self, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:
-        """`coordinates` of several vectors, shape ``(l, k)``; reads U once."""
-        return self._flat.products(vectors)
+        """`coordinates` of several vectors, shape ``(l, k)``: one reading of U, one all-reduce."""
+        parts = [[None if t is None else local(t.detach()) for t in v] for v in vectors]
+        return self.layout.sum(self._flat.products(parts))
+
+    @torch.no_grad()
 
     def expand_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
         """Add U·coordinates to ``tensors`` in place: θ += U(c⁺ − c).
@@ -184,12 +194,14 @@ class DenseBasis:
             tensors: one for each parameter; changed in place in their own dtype.
             coordinates: shape ``(k,)``.
         """
-        self._flat.add_into(tensors, coordinates)
+        self._flat.add_into([local(tensor) for tensor in tensors], coordinates)
 
     def inner(self, other: DenseBasis) -> Tensor:
         """Return UᵀW, the inner products with another basis; shape ``(k, k_other)``, float64."""
         mine, theirs = self._flat.segments, other._flat.segments
-        return inner_products([m.matrix for m in mine], [t.matrix for t in theirs])
+        return self.layout.sum(
+            inner_products([m.matrix for m in mine], [t.matrix for t in theirs])
+        )
 
     def coordinates_of(self, rows: GradientRows) -> Tensor:
         """Rows in the basis, shape ``(m, k)``, float64."""
@@ -198,7 +210,7 @@ class DenseBasis:
             if block.numel():
                 part = flat_products(as_matrix(rows.block(index)), as_matrix(block))
                 total += part.to(total.device)
-        return total
+        return self.layout.sum(total)
 
     def window(self, coefficients: Tensor, rows: GradientRows) -> CarriedRows:
         """Old gradients in this basis, ``coefficients (w, k)``, followed by new ones."""
@@ -210,7 +222,8 @@ class DenseBasis:
             [
                 mixed(left, block) + mixed(right, rows.block(index))
                 for index, block in enumerate(self.blocks)
-            ]
+            ],
+            self.layout,
         )
         correction = whitening(basis.inner(basis))
         for segment in basis._flat.segments:

@@ -25,6 +25,7 @@ from safeopt.curvature.basis import Basis
 from safeopt.curvature.solvers import gram
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
+from safeopt.distributed import ALONE, Layout
 from safeopt.rows import DenseRows, GradientRows
 
 
@@ -77,6 +78,7 @@ def updated_subspace(
     rank: int,
     window: int,
     kind: str = "dense",
+    layout: Layout = ALONE,
 ) -> SafetySubspace:
     """Estimate the subspace at the present parameters from new per-example gradients.
 
@@ -92,6 +94,7 @@ def updated_subspace(
         rank: the largest number of directions.
         window: the largest number of examples, at least q.
         kind: how the basis is stored, see `safeopt.curvature.bases`; ``previous`` keeps its own.
+        layout: how the parameters lie over the processes.
 
     Returns:
         The new estimate, anchored at ``params``. Its surrogate's value is the mean of the new
@@ -103,14 +106,14 @@ def updated_subspace(
     value = float(fresh[targets.isnan()].mean())
     kept = 0 if previous is None else min(window - len(fresh), len(previous.window))
     scale = 1.0
-    basis = empty_basis(kind, params) if previous is None else previous.basis
+    basis = empty_basis(kind, params, layout) if previous is None else previous.basis
     carried = torch.zeros(0, basis.rank, dtype=torch.float64, device=fresh.device)
     if previous is not None and kept > 0 and previous.rank > 0:
         old = previous.window.moved(previous.coordinates(params)).latest(kept)
         carried, scale = old.coefficients, previous.surrogate.scale
         fresh = torch.cat([old.losses, fresh])
         tokens, targets = torch.cat([old.tokens, tokens]), torch.cat([old.targets, targets])
-    new = DenseRows(rows) if isinstance(rows, Sequence) else rows
+    new = DenseRows(rows, layout) if isinstance(rows, Sequence) else rows
     together = basis.window(carried, new)
     eigenvalues, basis = gram(together, rank, new.dtypes[0])
     eigenvalues = eigenvalues / len(fresh)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safeopt.curvature.bases import choose_basis
 from safeopt.curvature.subspace import SafetySubspace, updated_subspace
+from safeopt.distributed import Layout
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.examples import ExampleRota, Look
 from safeopt.optim.measurement import finite
@@ -42,19 +43,10 @@ def estimate(
         ValueError: if a parameter does not belong to the probe's model.
         FloatingPointError: if a loss is not finite.
     """
-    own = {id(p) for p in probe.model.parameters()}
-    foreign = sum(id(p) not in own for p in params)
-    if foreign:
-        raise ValueError(
-            f"params: {foreign} of {len(params)} protected parameters do not belong to the "
-            "probe's model; give the probe the model that is trained"
-        )
-    if previous is None:
-        kind = choose_basis(config.basis, params, config.rank, probe.model)
-    else:
-        kind = previous.basis.kind
+    layout = probe.layout(params)
+    kind = basis_kind(previous, params, probe, config)
     look = rota.next(count)
-    losses, rows = _gradients(probe, params, look.indices, kind)
+    losses, rows = _gradients(probe, params, look.indices, kind, layout)
     finite(float(losses.sum()))
     tokens = probe.response_tokens(look.indices)
     targets = rota.targets(look, losses, tokens)
@@ -70,19 +62,33 @@ def estimate(
         rank=config.rank,
         window=config.window,
         kind=kind,
+        layout=layout,
     )
     rota.advance(look, targets)
     return subspace, look
 
 
+def basis_kind(
+    previous: SafetySubspace | None,
+    params: Sequence[Tensor],
+    probe: SafetyProbe,
+    config: SafetyConfig,
+) -> str:
+    """How the basis is stored, or will be, see `safeopt.curvature.bases`."""
+    if previous is not None:
+        return previous.basis.kind
+    layout = probe.layout(params)
+    return choose_basis(config.basis, params, config.rank, probe.model, layout)
+
+
 def _gradients(
-    probe: SafetyProbe, params: Sequence[Tensor], indices: Sequence[int], kind: str
+    probe: SafetyProbe, params: Sequence[Tensor], indices: Sequence[int], kind: str, layout: Layout
 ) -> tuple[Tensor, GradientRows]:
     """Losses and gradients of examples, in the storage that the basis is made from."""
     if kind in ("factored", "compressed"):
         return probe.factored(params, indices)
     losses, rows = probe.per_example(params, indices)
-    return losses, DenseRows(rows)
+    return losses, DenseRows(rows, layout)
 
 
 def _random(rows: GradientRows, seed: int) -> GradientRows:

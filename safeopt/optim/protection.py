@@ -37,6 +37,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from safeopt.distributed import Layout, local
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.schedule_free import at_average
@@ -230,13 +231,14 @@ class _Protection:
             TypeError: for sparse gradients.
             FloatingPointError: if one is not finite and the policy is to raise.
         """
-        gradients = [p.grad for p in params if p.grad is not None]
+        gradients = [local(p.grad) for p in params if p.grad is not None]
         if any(g.layout != torch.strided for g in gradients):
             raise TypeError(
                 "params: sparse gradients cannot be protected; use protect=False, or layers with "
                 "sparse=False"
             )
-        if _all_finite(gradients):
+        lost = not _all_finite(gradients)
+        if not Layout.of(params).any(lost, params[0].device):
             return True
         self._report(
             FloatingPointError(

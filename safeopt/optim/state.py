@@ -166,7 +166,7 @@ def load_state(
         device = params[0].device
         small = {name: stored[name].to(device).clone() for name in _SHAPES}
         subspace = SafetySubspace(
-            basis_from_state(_copies(stored["basis"]), params),
+            basis_from_state(_copies(stored["basis"]), params, geometry.probe.layout(params)),
             small["eigenvalues"],
             Window(*(small[name] for name in _WINDOW)),
             small["anchor"],

@@ -20,6 +20,7 @@ from safeopt.curvature.bases.compressed import CompressedBasis
 from safeopt.curvature.bases.factored import FactoredBasis
 from safeopt.curvature.bases.int8 import Int8Basis
 from safeopt.curvature.basis import Basis, DenseBasis
+from safeopt.distributed import ALONE, Layout
 from safeopt.rows import row_dtype
 
 logger = logging.getLogger("safeopt")
@@ -34,7 +35,13 @@ _ALWAYS_FITS = 256 * 2**20
 _SHARE = 0.5
 
 
-def choose_basis(storage: str, params: Sequence[Tensor], rank: int, model: nn.Module) -> str:
+def choose_basis(
+    storage: str,
+    params: Sequence[Tensor],
+    rank: int,
+    model: nn.Module,
+    layout: Layout = ALONE,
+) -> str:
     """The kind of basis that ``storage`` names; "auto" picks by bytes and says so in the log.
 
     The first of `dense`, `int8` that takes at most half of the bytes of the model's parameters, or
@@ -46,13 +53,21 @@ def choose_basis(storage: str, params: Sequence[Tensor], rank: int, model: nn.Mo
         params: the protected parameters.
         rank: the largest number of directions.
         model: the model, frozen parameters included.
+        layout: how the parameters lie over the processes; sharded ones have `dense` bases.
 
     Raises:
-        ValueError: if there is no such kind.
+        ValueError: if there is no such kind, or not for sharded parameters.
     """
     if storage not in get_args(Storage):
         listed = ", ".join(f'"{name}"' for name in get_args(Storage))
         raise ValueError(f'basis="{storage}": expected one of {listed}')
+    if layout.sharded:
+        if storage not in ("auto", DenseBasis.kind):
+            raise ValueError(
+                f'basis="{storage}": sharded parameters (fully_shard) need basis="dense", of which '
+                "each rank keeps its part; choose a smaller rank if that does not fit"
+            )
+        return DenseBasis.kind
     if storage != "auto":
         return storage
     limit = max(_ALWAYS_FITS, _SHARE * sum(p.nbytes for p in model.parameters()))
@@ -71,13 +86,15 @@ def choose_basis(storage: str, params: Sequence[Tensor], rank: int, model: nn.Mo
     return kind
 
 
-def empty_basis(kind: str, params: Sequence[Tensor]) -> Basis:
+def empty_basis(kind: str, params: Sequence[Tensor], layout: Layout = ALONE) -> Basis:
     """A basis of a kind without a direction yet."""
-    basis: Basis = BASES[kind].empty(params)
+    basis: Basis = BASES[kind].empty(params, **_placed(kind, layout))
     return basis
 
 
-def basis_from_state(state: Mapping[str, Any], params: Sequence[Tensor]) -> Basis:
+def basis_from_state(
+    state: Mapping[str, Any], params: Sequence[Tensor], layout: Layout = ALONE
+) -> Basis:
     """The basis of a `Basis.state_dict`, on the parameters' devices; its tensors are not copied.
 
     Raises:
@@ -86,7 +103,13 @@ def basis_from_state(state: Mapping[str, Any], params: Sequence[Tensor]) -> Basi
     if not (isinstance(state, Mapping) and state.get("kind") in BASES):
         raise ValueError(f"it is no basis of a known kind ({', '.join(BASES)})")
     try:
-        basis: Basis = BASES[state["kind"]].from_state(state, params)
+        kind = state["kind"]
+        basis: Basis = BASES[kind].from_state(state, params, **_placed(kind, layout))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"its entries do not fit the parameters ({error!r})") from error
     return basis
+
+
+def _placed(kind: str, layout: Layout) -> dict[str, Layout]:
+    """The layout for those bases that have one; others are computed whole by every process."""
+    return {"layout": layout} if kind == DenseBasis.kind else {}
