@@ -82,6 +82,11 @@ class SafetyConfig:
         if not isinstance(self.refresh, RefreshPolicy):
             raise TypeError(f"refresh={self.refresh!r}: expected a RefreshPolicy")
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest number of directions that the examples of the window can span."""
+        return min(self.rank, self.window)
+
 
 def _at_least(name: str, value: float, low: float, why: str) -> None:
     if not (isinstance(value, (int, float)) and value >= low):

@@ -37,9 +37,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from safeopt.curvature.bases import empty_basis
 from safeopt.distributed import Layout, local
+from safeopt.optim.estimate import basis_kind
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
+from safeopt.optim.portable import hide, hide_basis, in_process_group, reveal
 from safeopt.optim.schedule_free import at_average
 from safeopt.optim.state import check_state, load_state, pack_state
 
@@ -191,9 +194,18 @@ class _Protection:
     def save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Add the geometry to a state."""
         state[_KEY] = pack_state(self._geometry)
+        geometry, params = self._geometry, protected_parameters(optimizer)
+        kind = basis_kind(geometry.subspace, params, geometry.probe, geometry.config)
+        if in_process_group() and kind == "dense":
+            blocks = empty_basis("dense", params).state_dict()["blocks"]
+            if state[_KEY]["subspace"] is not None:
+                blocks = state[_KEY]["subspace"].pop("basis")["blocks"]
+            hide_basis(state, optimizer, params, blocks, geometry.config.largest_rank)
+            hide(state, _KEY)
 
-    def check(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def check(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Refuse a state that does not fit, before anything has changed."""
+        state = reveal(state, optimizer, protected_parameters(optimizer))
         if _KEY not in state:
             raise ValueError(
                 'state_dict: it has no "safety" entry; it was saved by an unprotected optimizer, '
@@ -202,6 +214,7 @@ class _Protection:
             )
         check_state(state[_KEY], protected_parameters(optimizer), self._geometry.probe)
         self._checked = state[_KEY]
+        return state
 
     def load(self, optimizer: Optimizer) -> None:
         """Continue from the checked state."""

@@ -64,6 +64,7 @@ from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.holding import HeldParameters
 from safeopt.optim.measurement import Measurement
+from safeopt.optim.portable import hide
 from safeopt.optim.protection import (
     OnRefreshError,
     largest_learning_rate,
@@ -405,6 +406,8 @@ class SafetySAM(OptimizerWrapper):
     def _add_state(self, state: dict[str, Any]) -> None:
         if self.safety.active:
             self._ascent.add_state(state)
+            if "safety" not in state:  # hidden from those who drop it
+                hide(state, "sam")
 
     def _check_state(self, state: dict[str, Any]) -> None:
         if self.safety.active:

@@ -1,0 +1,151 @@
+"""A protected optimizer's state in the form that ``torch.distributed.checkpoint`` carries.
+
+Its ``get_optimizer_state_dict`` keeps what belongs to a parameter, by the parameter's name, and to
+a group, and drops all other entries; its ``load`` fills entries that are there already, of the same
+shape. So wherever there is a process group, the geometry's state travels as
+
+- ``state[p]["safety_basis"]``: U, ``(K, *p.shape)``, sharded as p is. K is the largest rank
+  possible; unused directions are zero;
+- ``param_groups[0]["safeopt.safety"]``: all else, as JSON: its numbers are exact.
+
+Such a state can be loaded in any layout: on another number of ranks, with whole or sharded
+parameters, and without a process group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safeopt.distributed import Layout, is_sharded, local
+
+_BASIS = "safety_basis"
+_PREFIX = "safeopt."
+
+
+def in_process_group() -> bool:
+    """Whether torch.distributed is in use."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def hide(state: dict[str, Any], name: str) -> None:
+    """Move an entry of a state, of numbers, texts and small tensors, into its first group."""
+    text = json.dumps(state.pop(name), default=_encoded)
+    state["param_groups"][0][_PREFIX + name] = text
+
+
+def hide_basis(
+    state: dict[str, Any],
+    optimizer: Optimizer,
+    params: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    rank: int,
+) -> None:
+    """Put a dense basis among the parameters' own entries.
+
+    Args:
+        state: the optimizer's state.
+        optimizer: whose state it is.
+        params: the protected parameters.
+        blocks: this process's part of U for each of them, shape ``(k, *part)``.
+        rank: K.
+    """
+    keys = _keys(state, optimizer)
+    for p, block in zip(params, blocks, strict=True):
+        padding = block.new_zeros((rank - len(block), *block.shape[1:]))
+        padded = _spread(torch.cat([block, padding]), p)
+        state["state"].setdefault(keys[id(p)], {})[_BASIS] = padded
+
+
+def reveal(state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor]) -> dict[str, Any]:
+    """The state with its hidden entries back in their places; itself if it has none.
+
+    Args:
+        state: not changed.
+        optimizer: into which it is loaded.
+        params: its protected parameters.
+
+    Raises:
+        ValueError: if the basis of a parameter is missing.
+    """
+    groups = state.get("param_groups") or [{}]
+    hidden = [name for name in groups[0] if name.startswith(_PREFIX)]
+    if not hidden:
+        return state
+    entries = {name.removeprefix(_PREFIX): _decoded(groups[0][name]) for name in hidden}
+    subspace = entries.get("safety", {}).get("subspace")
+    if subspace is not None:
+        keys, rank = _keys(state, optimizer), len(subspace["eigenvalues"])
+        found = [state["state"].get(keys.get(id(p)), {}).get(_BASIS) for p in params]
+        if any(block is None for block in found):
+            raise ValueError(
+                f"state_dict: {sum(block is None for block in found)} of {len(params)} protected "
+                f'parameters have no "{_BASIS}" entry; it was saved with other parameters'
+            )
+        parts = [_part(block, p)[:rank] for block, p in zip(found, params, strict=True)]
+        subspace["basis"] = {"kind": "dense", "blocks": parts}
+    own = {
+        key: {name: value for name, value in entry.items() if name != _BASIS}
+        for key, entry in state["state"].items()
+    }
+    return {
+        **state,
+        "state": {key: entry for key, entry in own.items() if entry},
+        "param_groups": [
+            {name: value for name, value in group.items() if name not in hidden} for group in groups
+        ],
+        **entries,
+    }
+
+
+def _keys(state: Mapping[str, Any], optimizer: Optimizer) -> dict[int, Any]:
+    """The names of parameters in a state: numbers, or the model's names for them."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {id(p): name for p, name in zip(params, names, strict=False)}
+
+
+def _spread(block: Tensor, p: Any) -> Tensor:
+    """This process's part ``(K, *part)`` as a tensor sharded like the parameter."""
+    if not is_sharded(p):
+        return block
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    placements = [
+        Shard(placement.dim + 1) if placement.is_shard() else Replicate()
+        for placement in p.placements
+    ]
+    shape = torch.Size((len(block), *p.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        block, p.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def _part(block: Any, p: Tensor) -> Tensor:
+    """What of a saved block belongs to this process's part of a parameter."""
+    if is_sharded(p):
+        part = Layout.of([p]).parts[0]
+        return local(block) if is_sharded(block) or part is None else part.cut(block, leading=1)
+    return block.full_tensor() if is_sharded(block) else block
+
+
+def _encoded(value: Tensor) -> dict[str, Any]:
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(value.shape), "values": value.flatten().tolist()}
+
+
+def _decoded(text: str) -> Any:
+    def tensor(entry: dict[str, Any]) -> Any:
+        if set(entry) != {"dtype", "shape", "values"}:
+            return entry
+        values = torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"]))
+        return values.reshape(entry["shape"])
+
+    return json.loads(text, object_hook=tensor)
