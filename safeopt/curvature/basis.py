@@ -186,7 +186,6 @@ class DenseBasis:
         return self.layout.sum(self._flat.products(parts))
 
     @torch.no_grad()
-
     def expand_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
         """Add U·coordinates to ``tensors`` in place: θ += U(c⁺ − c).
 
@@ -199,9 +198,7 @@ class DenseBasis:
     def inner(self, other: DenseBasis) -> Tensor:
         """Return UᵀW, the inner products with another basis; shape ``(k, k_other)``, float64."""
         mine, theirs = self._flat.segments, other._flat.segments
-        return self.layout.sum(
-            inner_products([m.matrix for m in mine], [t.matrix for t in theirs])
-        )
+        return self.layout.sum(inner_products([m.matrix for m in mine], [t.matrix for t in theirs]))
 
     def coordinates_of(self, rows: GradientRows) -> Tensor:
         """Rows in the basis, shape ``(m, k)``, float64."""
