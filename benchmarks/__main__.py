@@ -132,6 +132,20 @@ def demo(
     report(out)
 
 
+@app.command()
+def overhead(
+    out: Out,
+    config: Annotated[
+        Path, typer.Option(help="A YAML file: model, task and batch of the training steps.")
+    ] = CONFIGS / "demo.yaml",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of training steps.")] = 15,
+) -> None:
+    """Time steps between refreshes beside AdamW's, interleaved, and write OUT/result.json."""
+    from benchmarks.overhead.run import run as measure
+
+    measure(load_config(config), out, console, rounds)
+
+
 def main() -> None:
     """Run the command line; what the user can mend is told without a traceback."""
     be_quiet()
