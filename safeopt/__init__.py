@@ -15,6 +15,7 @@ from safeopt.optim import (
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
+from safeopt.optim.repair import RepairReport, repair
 from safeopt.probe import PassCounter, SafetyProbe
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "ProjectedAdamW",
     "ReferenceKL",
     "RefreshPolicy",
+    "RepairReport",
     "SafetyConfig",
     "SafetyGeometry",
     "SafetyMonitor",
@@ -36,5 +38,6 @@ __all__ = [
     "diagnose",
     "optimizers",
     "refusal_nll",
+    "repair",
     "safeguard",
 ]

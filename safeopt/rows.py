@@ -106,6 +106,11 @@ class DenseRows:
             blocks.append((drawn if part is None else part.cut(drawn, leading=1)).to(b))
         return DenseRows(blocks, self.layout)
 
+    def followed_by(self, more: DenseRows) -> DenseRows:
+        """These rows and those of other examples after them."""
+        blocks = [torch.cat(pair) for pair in zip(self.blocks, more.blocks, strict=True)]
+        return DenseRows(blocks, self.layout)
+
     def scaled(self, factors: Tensor) -> DenseRows:
         """The rows times ``factors (m,)``."""
         blocks = [b * factors.to(b).view(-1, *[1] * (b.dim() - 1)) for b in self.blocks]

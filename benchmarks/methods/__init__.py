@@ -24,6 +24,7 @@ from benchmarks.methods.lisa import Lisa
 from benchmarks.methods.preconditioned_sgd import PreconditionedSGDMethod
 from benchmarks.methods.projected_adamw import ProjectedAdamWMethod
 from benchmarks.methods.random_subspace import RandomSubspace
+from benchmarks.methods.repair import Repair
 from benchmarks.methods.replay import Replay
 from benchmarks.methods.safegrad import SafeGrad
 from benchmarks.methods.safeguard import SafeguardMethod
@@ -54,6 +55,7 @@ METHODS: dict[str, type[Method]] = {
     "sam": SAM,
     "asam": ASAM,
     "ten_examples": TenExamples,
+    "repair": Repair,
     "projected_adamw": ProjectedAdamWMethod,
     "safety_sam": SafetySAMMethod,
     "preconditioned_sgd": PreconditionedSGDMethod,

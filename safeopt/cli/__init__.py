@@ -7,6 +7,7 @@ import typer
 from safeopt.cli.diagnose import diagnose
 from safeopt.cli.finetune import finetune
 from safeopt.cli.plan import plan
+from safeopt.cli.repair import repair
 
 app = typer.Typer(
     help="Fine-tune an aligned language model without losing its alignment.",
@@ -17,6 +18,7 @@ app = typer.Typer(
 app.command()(finetune)
 app.command()(diagnose)
 app.command()(plan)
+app.command()(repair)
 
 
 @app.callback()

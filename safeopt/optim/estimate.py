@@ -46,7 +46,7 @@ def estimate(
     layout = probe.layout(params)
     kind = basis_kind(previous, params, probe, config)
     look = rota.next(count)
-    losses, rows = _gradients(probe, params, look.indices, kind, layout)
+    losses, rows = gradient_rows(probe, params, look.indices, kind, layout)
     finite(float(losses.sum()))
     tokens = probe.response_tokens(look.indices)
     targets = rota.targets(look, losses, tokens)
@@ -81,7 +81,7 @@ def basis_kind(
     return choose_basis(config.basis, params, config.rank, probe.model, layout)
 
 
-def _gradients(
+def gradient_rows(
     probe: SafetyProbe, params: Sequence[Tensor], indices: Sequence[int], kind: str, layout: Layout
 ) -> tuple[Tensor, GradientRows]:
     """Losses and gradients of examples, in the storage that the basis is made from."""

@@ -30,6 +30,7 @@ from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import estimate
 from safeopt.optim.examples import ExampleRota
+from safeopt.optim.line_search import backtrack
 from safeopt.optim.measurement import Measurement, finite
 from safeopt.optim.transaction import whole_or_not_at_all
 from safeopt.probe import PassCounter, SafetyProbe
@@ -357,12 +358,9 @@ class SafetyGeometry:
         before = finite(self.probe.value(trial)) if before is None else before
         # Where the trial examples have lost nothing, the step need not improve them.
         limit = max(before, self._trial_reference + self.config.budget)
-        tried = 0.0
-        for length in _LENGTHS:
-            self.subspace.shift(params, (length - tried) * step)
-            tried = length
-            value = self.probe.value(trial)
-            if value < limit:
-                return length * step, value
-        self.subspace.shift(params, -tried * step)
+        length, value = backtrack(
+            self.subspace, params, step, _LENGTHS, lambda: self.probe.value(trial), limit
+        )
+        if value is not None:
+            return length * step, value
         return torch.zeros_like(step), before

@@ -1,0 +1,186 @@
+"""`safeopt repair` as a library: load, check, repair, and write whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeopt.data import encode, read_examples
+from safeopt.finetuning.run import write_json
+from safeopt.losses import IGNORE
+from safeopt.models import load_causal_lm
+from safeopt.optim.repair import RepairReport, repair
+from safeopt.probe import SafetyProbe
+from safeopt.safety_examples import read_safety_batches
+
+REPORT = "repair.json"
+
+
+@dataclass(frozen=True)
+class RepairConfig:
+    """What `safeopt repair` is told.
+
+    Args:
+        model: the fine-tuned model: the folder of an adapter, or a folder, hub name or GGUF file
+            of a whole model.
+        reference: the aligned model that it was fine-tuned from. It gives the alignment loss to
+            return to and, where a prompt has no response, the refusal. An adapter is put onto it.
+        safety: JSON lines with harmful prompts.
+        out: folder for the repaired adapter or model and `repair.json`; new or empty.
+        train: JSON lines of what was learned, to keep it; None repairs without looking at it.
+        harmless: JSON lines with harmless prompts that must not be refused; None for none.
+        budget: accepted rise of the alignment loss over the reference's, in nats a token.
+        refreshes: steps of the repair, at most.
+        examples: safety examples (and held ones, and task examples) for each.
+        max_length: tokens after which a task example is cut.
+        seed: of the order of the examples.
+
+    Raises:
+        ValueError: naming the argument that is out of its range.
+    """
+
+    model: str
+    reference: str
+    safety: Path
+    out: Path
+    train: Path | None = None
+    harmless: Path | None = None
+    budget: float = 0.01
+    refreshes: int = 5
+    examples: int = 32
+    max_length: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("refreshes", 1), ("examples", 1), ("max_length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+        if not self.budget >= 0:
+            raise ValueError(f"budget={self.budget}: expected at least 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the choices as plain values; paths become strings."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+@dataclass
+class PreparedRepair:
+    """A repair that is ready to start.
+
+    Attributes:
+        config: its choices.
+        model: the fine-tuned model; what is to be repaired is trainable.
+        tokenizer: what is saved with a whole model.
+        probe: the safety examples, with the aligned model's refusals.
+        task: batches of what was learned.
+        reference: the aligned model's alignment loss on the safety examples.
+        is_adapter: whether an adapter is repaired.
+    """
+
+    config: RepairConfig
+    model: Any
+    tokenizer: Any
+    probe: SafetyProbe
+    task: list[dict[str, torch.Tensor]]
+    reference: float
+    is_adapter: bool
+
+
+def prepare_repair(config: RepairConfig) -> PreparedRepair:
+    """Read and check everything; write nothing.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        FileExistsError: if ``out`` is a file or a folder that is not empty.
+        ValueError: if a file is malformed, a model cannot be loaded, or the reference does not
+            refuse the safety prompts.
+    """
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out={out}: it exists already; expected a new or empty folder")
+    examples = read_examples(config.train) if config.train else []
+    is_adapter = (Path(config.model) / "adapter_config.json").is_file()
+    aligned, tokenizer = load_causal_lm(config.reference)
+    if torch.cuda.is_available():
+        aligned = aligned.cuda()
+    safety, held = read_safety_batches(aligned, tokenizer, config.safety, config.harmless)
+    reference = SafetyProbe(aligned, safety).value()
+    if is_adapter:
+        model = _with_adapter(aligned, config.model)
+    else:
+        device = aligned.device
+        del aligned
+        model, own = load_causal_lm(config.model)
+        own.chat_template = own.chat_template or tokenizer.chat_template
+        model, tokenizer = model.to(device).requires_grad_(True), own
+    rows = [encode(tokenizer, example, config.max_length) for example in examples]
+    task = [row for row in rows if any(label != IGNORE for label in row["labels"])]
+    if config.train and len(task) < 2:
+        raise ValueError(
+            f"train: {len(task)} responses of {config.train} fit into "
+            f"max_length={config.max_length}; at least 2 are needed"
+        )
+    return PreparedRepair(
+        config,
+        model,
+        tokenizer,
+        SafetyProbe(model, safety, held=held),
+        [{name: torch.tensor([ids]) for name, ids in row.items()} for row in task],
+        reference,
+        is_adapter,
+    )
+
+
+def run_repair(prepared: PreparedRepair) -> RepairReport:
+    """Repair and write ``out``: the adapter or model, and `repair.json`.
+
+    Everything is written to a folder beside ``out``, which takes its name at the end.
+
+    Raises:
+        FloatingPointError: if a loss is not finite; nothing is written then.
+    """
+    config = prepared.config
+    report = repair(
+        prepared.model,
+        prepared.probe,
+        budget=config.budget,
+        reference=prepared.reference,
+        task=prepared.task,
+        refreshes=config.refreshes,
+        examples=config.examples,
+        task_examples=config.examples,
+        seed=config.seed,
+    )
+    out = Path(config.out)
+    working = out.with_name(out.name + ".partial")
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        if prepared.is_adapter:
+            prepared.model.save_pretrained(working / "adapter")
+        else:
+            prepared.model.save_pretrained(working / "model")
+            prepared.tokenizer.save_pretrained(working / "model")
+        write_json(working / REPORT, {"config": config.as_dict(), **report.as_dict()})
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        working.replace(out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return report
+
+
+def _with_adapter(aligned: Any, folder: str) -> Any:
+    """The aligned model with an adapter on it, trainable."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(aligned, folder, is_trainable=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"model={folder}: the adapter does not fit the reference "
+            f"({str(error).strip().splitlines()[0]}); give the model that it was trained on"
+        ) from error

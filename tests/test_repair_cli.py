@@ -1,0 +1,126 @@
+"""`safeopt repair` as a user runs it, on a tiny model that has forgotten its refusals."""
+
+# ruff: noqa: F401, F811
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from test_finetune import config, files  # the fixture `files` is shared
+from typer.testing import CliRunner
+
+from safeopt.cli import app
+from safeopt.finetuning import prepare, run
+
+
+@pytest.fixture(scope="module")
+def forgotten(files, tmp_path_factory):
+    """Results of fine-tuning without protection, as an adapter and as a whole model."""
+    folders = {}
+    for full in (False, True):
+        out = tmp_path_factory.mktemp("forgotten")
+        rate = 2e-3 if full else 5e-3
+        choices = {"optimizer": "adamw", "full": full, "max_steps": 24, "learning_rate": rate}
+        folders[full] = run(prepare(config(files, out, **choices))).folder
+    return folders
+
+
+def arguments(files, model, out, *more):
+    return [
+        "repair",
+        *("--model", str(model), "--reference", str(files / "model")),
+        *("--safety", str(files / "safety.jsonl"), "--out", str(out), *more),
+    ]
+
+
+def invoke(*given):
+    return CliRunner().invoke(app, list(given), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_model_is_repaired(files, forgotten, tmp_path, full):
+    out = tmp_path / "out"
+    data = ("--train", str(files / "train.jsonl"), "--harmless", str(files / "harmless.jsonl"))
+    done = invoke(*arguments(files, forgotten[full], out, *data))
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "repair.json").read_text())
+    assert report["alignment_before"] > 10 * report["reference"]
+    gained = report["alignment_before"] - report["alignment_after"]
+    assert gained > 0.9 * (report["alignment_before"] - report["reference"])
+    assert report["task_after"] < 1.05 * report["task_before"]
+    assert report["config"]["refreshes"] == 5
+    assert f"{report['alignment_after']:.4f}" in done.output
+    name = "model/model.safetensors" if full else "adapter/adapter_model.safetensors"
+    source = forgotten[full] / name.split("/")[1]
+    before, after = load_file(source), load_file(out / name)
+    assert before.keys() == after.keys()
+    assert any(not before[key].equal(after[key]) for key in before)
+    assert (out / "model" / "tokenizer_config.json").exists() == full
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "no working folder is left"
+
+
+def test_without_task_data_the_cost_is_said_to_be_unknown(files, forgotten, tmp_path):
+    tmp_path.joinpath("out").mkdir()  # an empty folder is welcome
+    done = invoke(*arguments(files, forgotten[False], tmp_path / "out", "--refreshes", "1"))
+    assert done.exit_code == 0, done.output
+    assert "give --train" in done.output
+    assert "above its budget" in done.output
+    assert json.loads((tmp_path / "out" / "repair.json").read_text())["task_before"] is None
+
+
+def test_a_model_that_has_lost_nothing_is_written_as_it_is(files, tmp_path):
+    done = invoke(*arguments(files, files / "model", tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert "0 steps" in done.output
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (files / "model", tmp_path / "out" / "model")
+    )
+    assert all(before[key].equal(after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--model", "no/such-model"), "model=no/such-model"),
+        (("--reference", "no/such-model"), "model=no/such-model"),
+        (("--safety", "none.jsonl"), "none.jsonl: there is no such file"),
+        (("--train", "none.jsonl"), "none.jsonl: there is no such file"),
+        (("--harmless", "none.jsonl"), "none.jsonl: there is no such file"),
+        (("--budget", "-1"), "budget=-1"),
+        (("--refreshes", "0"), "refreshes=0"),
+        (("--examples", "0"), "examples=0"),
+        (("--max-length", "1"), "max_length=1"),
+        (("--out", __file__), "expected a new or empty folder"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(files, forgotten, tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = invoke(*arguments(files, forgotten[False], tmp_path / "out", *change))
+    assert done.exit_code == 2, done.output
+    assert words in done.output.replace("\n", "")
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_model_is_one_sentence(files, forgotten, tmp_path):
+    other = tmp_path / "adapter"
+    shutil.copytree(forgotten[False], other)
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "r": 3}))
+    done = invoke(*arguments(files, other, tmp_path / "out"))
+    assert done.exit_code == 2, done.output
+    assert "does not fit the reference" in done.output.replace("\n", " ")
+
+
+def test_a_failure_leaves_nothing_half_written(files, forgotten, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safeopt.finetuning.repair.write_json", fail)
+    done = invoke(*arguments(files, forgotten[False], tmp_path / "out", "--refreshes", "1"))
+    assert done.exit_code == 2
+    assert "no space left" in done.output
+    assert not list(tmp_path.iterdir())
