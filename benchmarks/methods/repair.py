@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.base import Batch, Setup, TaskLoss
-from safeopt import SafetyProbe, repair
+from safeopt import PassCounter, SafetyProbe, repair
 
-# Safety examples on which the aligned model is measured.
-_REFERENCE = 32
+# Safety examples on which the aligned model is measured, and those kept for the line search.
+_REFERENCE, _TRIAL = 32, 8
 
 
 class RepairOptions(BaseModel):
@@ -54,7 +54,7 @@ class Repair(AdamW):
     def finish(self) -> None:
         options = self.options
         with self.cost.clock():
-            repair(
+            report = repair(
                 self.setup.model,
                 self.probe,
                 budget=options.budget,
@@ -63,6 +63,7 @@ class Repair(AdamW):
                 refreshes=options.refreshes,
                 examples=options.examples,
                 task_examples=options.task_examples,
+                trial_examples=max(1, min(_TRIAL, len(self.probe) // 2)),
                 seed=self.setup.seed,
             )
-        self.cost.add_passes(self.probe.passes)
+        self.cost.add_passes(PassCounter(**report.passes))  # on task examples, too
