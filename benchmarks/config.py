@@ -356,7 +356,7 @@ def load_config(path: Path) -> RunConfig:
     """Read and validate a config file.
 
     Args:
-        path: a YAML file.
+        path: a YAML file. With ``extends: OTHER`` it is laid over another one, section by section.
 
     Returns:
         A `SweepConfig` if the file has ``tuning``.
@@ -365,6 +365,16 @@ def load_config(path: Path) -> RunConfig:
         ConfigError: if the file cannot be read, is no YAML mapping, or does not fit `RunConfig`;
             the message has a line for each problem.
     """
+    data = _read(path)
+    try:
+        return (SweepConfig if "tuning" in data else RunConfig).model_validate(data)
+    except ValidationError as error:
+        lines = "\n".join(f"  {problem}" for problem in _problems(error))
+        raise ConfigError(f"{path}: this config cannot be used\n{lines}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A config file as plain data; the file that it ``extends`` gives what it does not say."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -376,11 +386,14 @@ def load_config(path: Path) -> RunConfig:
             f"{path}: expected a mapping with model, task, steps, learning_rate and methods, "
             f"found {'nothing' if data is None else type(data).__name__}"
         )
-    try:
-        return (SweepConfig if "tuning" in data else RunConfig).model_validate(data)
-    except ValidationError as error:
-        lines = "\n".join(f"  {problem}" for problem in _problems(error))
-        raise ConfigError(f"{path}: this config cannot be used\n{lines}") from None
+    if "extends" not in data:
+        return data
+    whole = _read(path.parent / str(data.pop("extends")))
+    for name, value in data.items():
+        known = whole.get(name)
+        both = isinstance(value, dict) and isinstance(known, dict)
+        whole[name] = {**known, **value} if both else value
+    return whole
 
 
 def _problems(error: ValidationError) -> list[str]:

@@ -62,7 +62,7 @@ def stand_in(config: ModelConfig, seed: int = 0) -> Any:
     """
     small = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(tiny.tokenizer())}
     if config.name in (TINY, ALIGNED):
-        whole = LlamaConfig(num_attention_heads=9, num_key_value_heads=3)
+        whole = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
     else:
         if config.architecture is None:
             raise ConfigError(
@@ -83,7 +83,13 @@ def stand_in(config: ModelConfig, seed: int = 0) -> Any:
         "bos_token_id": None,
     }
     known = whole.to_dict()
-    fields = {**known, **{key: value for key, value in changes.items() if key in known}}
+    layers = whole.num_hidden_layers
+    fields = {
+        key: value[: small["num_hidden_layers"]]  # a list with an entry for each layer
+        if isinstance(value, list) and len(value) == layers
+        else changes.get(key, value)
+        for key, value in known.items()
+    }
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(type(whole).from_dict(fields))

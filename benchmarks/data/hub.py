@@ -58,18 +58,19 @@ def examples(
         instruction: stands before every prompt of the column, on lines of its own.
 
     Raises:
-        ConfigError: if a column is missing, a row has none of the forms, or nothing is left.
+        ConfigError: if a column is missing, or no row is left.
     """
     found: dict[str, ChatExample] = {}
+    first_error = ""
     for number, row in enumerate(rows, start=1):
         if prompt is None or response is None:
             try:
                 example = chat_example({key: cell for key, cell in row.items() if cell is not None})
             except ValueError as error:
-                raise ConfigError(
-                    f"task.name={name!r}: row {number}: {error}; name its columns as "
-                    "task.prompt and task.response"
-                ) from error
+                first_error = first_error or (
+                    f" (row {number}: {error}; name its columns as task.prompt and task.response)"
+                )
+                continue
         else:
             if missing := sorted({prompt, response} - set(row)):
                 raise ConfigError(
@@ -83,7 +84,9 @@ def examples(
             example = ChatExample(({"role": "user", "content": content},)).answered(answer)
         found.setdefault(repr(example.prompt), example)
     if not found:
-        raise ConfigError(f"task.name={name!r}: no row has both a prompt and a response")
+        raise ConfigError(
+            f"task.name={name!r}: no row has both a prompt and a response{first_error}"
+        )
     return list(found.values())
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks.methods.base import SafetyCost, Setup, TaskLoss
 from safeopt import RefreshPolicy, SafetyConfig, SafetyProbe
@@ -29,6 +29,7 @@ class ProtectedOptions(BaseModel):
         refresh: the arguments of `safeopt.RefreshPolicy`.
         held: whether the probe also has harmless prompts, whose refusal is to stay as unlikely as
             it is (`safeopt.SafetyProbe`).
+        prompts: how many of the safety prompts the probe gets; None for all.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -37,6 +38,7 @@ class ProtectedOptions(BaseModel):
     renamed: ClassVar[dict[str, str]] = {}
     refresh: dict[str, Any] | None = None
     held: bool = False
+    prompts: int | None = Field(default=None, ge=1)
 
     @classmethod
     def arguments_known(cls) -> set[str]:
@@ -92,7 +94,9 @@ class ProtectedMethod:
 
     def __init__(self, setup: Setup, options: ProtectedOptions) -> None:
         self.probe = SafetyProbe(
-            setup.model, setup.safety, held=setup.harmless if options.held else ()
+            setup.model,
+            setup.safety[: options.prompts],
+            held=setup.harmless if options.held else (),
         )
         self._clock = SafetyCost()
         self.optimizer = self.build_optimizer(setup, options.arguments())
