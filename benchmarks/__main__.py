@@ -83,7 +83,6 @@ def sweep(
         raise ConfigError(f"{config}: a sweep needs `tuning:`; else use `python -m benchmarks run`")
     chosen = shrunk(loaded) if dry_run else loaded
     executor, threads = _executor(jobs or cores(), ray)
-    assert executor is not None
     failed = run_sweep(chosen, out, console, executor, threads)
     leaderboard(out, console)
     if failed:
@@ -104,10 +103,49 @@ def _executor(jobs: int | None, ray: str | None) -> tuple[Executor | None, int |
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a result.")]) -> None:
-    """Print the tables of a result, and write its plots and report.html."""
+    """Print the tables of a result, and write its page: report, ablation or leaderboard."""
+    from benchmarks.ablation import ablation, is_ablation
+    from benchmarks.leaderboard import leaderboard
     from benchmarks.report import report as write_report
+    from benchmarks.standings import is_sweep
 
-    write_report(folder, console)
+    if is_sweep(folder):
+        leaderboard(folder, console)
+    elif is_ablation(folder):
+        ablation(folder, console)
+    else:
+        write_report(folder, console)
+
+
+@app.command()
+def submit(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of a sweep's results.", file_okay=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The published sweep that it answers.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Check a method instead: path/to/file.py:Class.")
+    ] = None,
+) -> None:
+    """Check results or a method before they are sent in; exit 1 where something is wrong."""
+    from benchmarks.submit import check_method, check_result
+
+    if (folder is None) == (method is None):
+        raise ConfigError("submit: give either a folder of results or --method FILE.py:Class")
+    if method is not None:
+        what, problems = method, check_method(method)
+    else:
+        assert folder is not None
+        answered, problems = check_result(folder, config)
+        what = f"{folder}: {answered.model.name} on {answered.task.name}"
+    for problem in problems:
+        console.print(f"✗ {problem}", style="red", soft_wrap=True, markup=False)
+    if problems:
+        console.print(f"{what}: {len(problems)} problems", soft_wrap=True, markup=False)
+        raise SystemExit(1)
+    console.print(f"✓ {what}: passes", style="green", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -25,7 +25,7 @@ def sweep(
     config: SweepConfig,
     out: Path,
     console: Console,
-    executor: Executor,
+    executor: Executor | None = None,
     threads: int | None = None,
 ) -> int:
     """Run what is not there yet.
@@ -34,7 +34,7 @@ def sweep(
         config: what to run.
         out: folder of the stages.
         console: where the progress is shown.
-        executor: where the runs take place.
+        executor: where the runs take place; None for this process.
         threads: processor threads of a run where the config does not say.
 
     Returns:

@@ -35,7 +35,7 @@ class Trajectory:
     tokens: Tokens = field(default_factory=Tokens)
 
 
-class _StepLoss:
+class StepLoss:
     """The task loss of one batch, which counts how often it is evaluated."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
@@ -89,7 +89,7 @@ def train(
     run = Trajectory([start])
     trained = 0.0
     for step, batch in enumerate(batches, start=1):
-        loss = _StepLoss(model, batch)
+        loss = StepLoss(model, batch)
         began = perf_counter()
         value = method.step(loss)
         if step == steps:

@@ -12,7 +12,7 @@ from tiny_models import safety_batch, single, tiny_llama, trainable, with_lora
 from benchmarks.methods import METHODS, Setup, method_class
 from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.base import SafetyCost, holding, joined, snapshot
-from benchmarks.training import _StepLoss
+from benchmarks.training import StepLoss
 from safeopt.curvature.operators import FisherOperator, HessianOperator
 from safeopt.losses import ReferenceKL, refusal_nll
 
@@ -40,8 +40,8 @@ def build(name: str, given: Setup | None = None, **options):
     return chosen(given or setup(), chosen.Options(**options))
 
 
-def run(method, steps: int, *, finish: bool = False) -> list[_StepLoss]:
-    losses = [_StepLoss(method.setup.model, TASK[step]) for step in range(steps)]
+def run(method, steps: int, *, finish: bool = False) -> list[StepLoss]:
+    losses = [StepLoss(method.setup.model, TASK[step]) for step in range(steps)]
     for loss in losses:
         method.step(loss)
     if finish:
@@ -54,7 +54,7 @@ def flat(tensors) -> torch.Tensor:
 
 
 def task_gradient(given: Setup, batch) -> torch.Tensor:
-    loss = _StepLoss(given.model, batch)()
+    loss = StepLoss(given.model, batch)()
     return flat(torch.autograd.grad(loss, given.params))
 
 
@@ -80,12 +80,12 @@ def test_every_method_learns_the_task_and_counts_its_passes(name: str, lora: boo
     given.model.register_forward_hook(count)
     batch = TASK[0]
     with torch.no_grad():
-        start = float(_StepLoss(given.model, batch)())
+        start = float(StepLoss(given.model, batch)())
     calls = 0
     method = build(name, given)
     losses = []
     for _ in range(6):
-        losses.append(_StepLoss(given.model, batch))
+        losses.append(StepLoss(given.model, batch))
         value = method.step(losses[-1])
         assert math.isfinite(value)
     method.finish()
@@ -94,7 +94,7 @@ def test_every_method_learns_the_task_and_counts_its_passes(name: str, lora: boo
     assert method.cost.backward_tokens >= method.cost.backward
     assert method.cost.forward == 0 or method.cost.seconds > 0
     with method.evaluating(), torch.no_grad():
-        assert float(_StepLoss(given.model, batch)()) < start
+        assert float(StepLoss(given.model, batch)()) < start
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -148,7 +148,7 @@ def test_l2_adds_strength_times_the_change():
     run(method, 2)
     change = flat(method.setup.params) - flat(reference)
     expected = task_gradient(method.setup, TASK[2]) + 3.0 * change
-    method.step(_StepLoss(method.setup.model, TASK[2]))
+    method.step(StepLoss(method.setup.model, TASK[2]))
     torch.testing.assert_close(grad_of(method), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_ewc_weighs_the_change_by_the_fisher_diagonal():
     run(method, 2)
     change = flat(given.params) - reference
     expected = task_gradient(given, TASK[2]) + 50.0 * fisher * change
-    method.step(_StepLoss(given.model, TASK[2]))
+    method.step(StepLoss(given.model, TASK[2]))
     torch.testing.assert_close(grad_of(method), expected, rtol=1e-6, atol=1e-9)
     assert (method.cost.forward, method.cost.backward) == (1, 1)
 
@@ -171,11 +171,11 @@ def test_the_kl_penalty_is_zero_at_the_reference_and_its_gradient_afterwards():
     reference = ReferenceKL()
     reference.cache(given.model, SAFETY)
     before = task_gradient(given, TASK[0])
-    method.step(_StepLoss(given.model, TASK[0]))
+    method.step(StepLoss(given.model, TASK[0]))
     torch.testing.assert_close(grad_of(method), before, rtol=1e-3, atol=1e-4)
     kl = reference(given.model, SAFETY).mean()
     expected = task_gradient(given, TASK[1]) + 2.0 * flat(torch.autograd.grad(kl, given.params))
-    method.step(_StepLoss(given.model, TASK[1]))
+    method.step(StepLoss(given.model, TASK[1]))
     torch.testing.assert_close(grad_of(method), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -189,7 +189,7 @@ def test_safegrad_removes_the_conflict_and_only_that():
         kl = reference(given.model, SAFETY).mean()
         safety = flat(torch.autograd.grad(kl, given.params))
         task = task_gradient(given, TASK[step])
-        method.step(_StepLoss(given.model, TASK[step]))
+        method.step(StepLoss(given.model, TASK[step]))
         if step == 0:
             continue  # no gradient at the reference
         kept = grad_of(method) - 0.5 * safety
@@ -209,8 +209,8 @@ def test_constrained_sft_starts_as_sft_and_fades_on_the_first_tokens():
     given = setup()
     expected = task_gradient(given, TASK[0])
     method = build("constrained_sft", given)
-    before = float(_StepLoss(given.model, TASK[0])().detach())
-    loss = _StepLoss(given.model, TASK[0])
+    before = float(StepLoss(given.model, TASK[0])().detach())
+    loss = StepLoss(given.model, TASK[0])
     assert method.step(loss) == pytest.approx(before, rel=1e-5)
     assert (loss.forward, loss.backward) == (1, 1)
     # At the aligned model σ'(0)·(2/β)·β = 1: the gradient is the usual one.
@@ -218,8 +218,8 @@ def test_constrained_sft_starts_as_sft_and_fades_on_the_first_tokens():
     # Later token t has the weight 2(1 − σ(β_t·log-ratio)).
     run(method, 3)
     with torch.no_grad(), holding(given.params, method.reference):
-        old, targets = _StepLoss(given.model, TASK[5]).log_probs()
-    log_probs, _ = _StepLoss(given.model, TASK[5]).log_probs()
+        old, targets = StepLoss(given.model, TASK[5]).log_probs()
+    log_probs, _ = StepLoss(given.model, TASK[5]).log_probs()
     old, chosen = (
         x.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) for x in (old, log_probs)
     )
@@ -231,7 +231,7 @@ def test_constrained_sft_starts_as_sft_and_fades_on_the_first_tokens():
     weight = 2 * (1 - torch.sigmoid(beta * (chosen - old))).detach()
     loss = -(weight * chosen * mask).sum() / mask.sum()
     expected = flat(torch.autograd.grad(loss, given.params))
-    method.step(_StepLoss(given.model, TASK[5]))
+    method.step(StepLoss(given.model, TASK[5]))
     torch.testing.assert_close(grad_of(method), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -239,7 +239,7 @@ def test_alignguard_s_penalty_is_the_package_s_and_vanishes_at_the_reference():
     given = setup()
     start = task_gradient(given, TASK[0])
     method = build("alignguard", given, strength=2.0, rank=3)
-    method.step(_StepLoss(given.model, TASK[0]))
+    method.step(StepLoss(given.model, TASK[0]))
     torch.testing.assert_close(grad_of(method), start, rtol=1e-4, atol=1e-6)
     run(method, 2)
     change = flat(given.params) - method.regularizer.reference_vector
@@ -273,7 +273,7 @@ def test_the_average_is_the_closed_form_and_only_counts_in_evaluation():
     start = flat(plain.setup.params)
     trajectory = []
     for step in range(4):
-        plain.step(_StepLoss(plain.setup.model, TASK[step]))
+        plain.step(StepLoss(plain.setup.model, TASK[step]))
         trajectory.append(flat(plain.setup.params))
     run(method, 4)
     expected = 0.8**4 * start
@@ -290,7 +290,7 @@ def test_early_stop_goes_back_to_the_last_good_parameters_and_saves_the_rest():
     method = build("early_stop", tolerance=1e-6, every=2)
     start = flat(method.setup.params)
     alignment = float(refusal_nll(method.setup.model, joined(method.setup.safety)).mean())
-    losses = [_StepLoss(method.setup.model, TASK[step]) for step in range(6)]
+    losses = [StepLoss(method.setup.model, TASK[step]) for step in range(6)]
     # The steps go away from the safety examples for certain.
     method.after_backward = lambda: [
         p.grad.copy_(g)
@@ -349,7 +349,7 @@ def test_lisa_alternates_and_pulls_to_where_it_switched():
     seen = []
     inner = method._safety_state
     method._safety_state = lambda: (seen.append(grad_of(method)), inner())
-    method.step(_StepLoss(method.setup.model, TASK[1]))
+    method.step(StepLoss(method.setup.model, TASK[1]))
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
     assert method.cost.backward == 3
     assert torch.equal(flat(method.switched_at), flat(method.setup.params))
@@ -465,7 +465,7 @@ def test_safelora_needs_the_unaligned_model():
 def test_sam_takes_the_gradient_at_the_perturbed_point(name: str):
     given = setup(dtype=torch.float64)
     start = snapshot(given.params)
-    gradient = torch.autograd.grad(_StepLoss(given.model, TASK[0])(), given.params)
+    gradient = torch.autograd.grad(StepLoss(given.model, TASK[0])(), given.params)
     if name == "sam":
         direction = list(gradient)
         norm = flat(gradient).norm()
@@ -480,7 +480,7 @@ def test_sam_takes_the_gradient_at_the_perturbed_point(name: str):
         for parameter, value in zip(given.params, start, strict=True):
             parameter.copy_(value)
     method = build(name, given, rho=0.1)
-    loss = _StepLoss(given.model, TASK[0])
+    loss = StepLoss(given.model, TASK[0])
     method.step(loss)
     assert (loss.forward, loss.backward) == (2, 2)
     torch.testing.assert_close(grad_of(method), expected, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,120 @@
+"""The report of an ablation: one option varied at a time, and what becomes of both losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.charts import scale
+from benchmarks.config import ConfigError, RunConfig
+from benchmarks.leaderboard import environment
+from benchmarks.records import FILE, Record, Result, read_result
+
+PAGE, MARKDOWN = "ablation.html", "ablation.md"
+WIDTH, ROW, LEFT = 460, 26, 190  # pixels
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an option: the ends of its runs."""
+
+    label: str
+    alignment: tuple[float, ...]
+    task: tuple[float, ...]
+    refusal: tuple[float, ...]
+    share: float
+
+    @staticmethod
+    def mean(values: Sequence[float]) -> float:
+        """The mean over seeds."""
+        return sum(values) / len(values)
+
+
+def is_ablation(folder: Path) -> bool:
+    """Whether a folder holds a result with varied options."""
+    result = read_result(folder)
+    return result is not None and any(entry.get("group") for entry in result.config["methods"])
+
+
+def panels(result: Result) -> dict[str, list[Value]]:
+    """The values of every option, in the config's order; what was not varied stands under ""."""
+    found: dict[str, list[Value]] = {}
+    for method in RunConfig.model_validate(result.config).methods:
+        records = [record for record in result.records if record.method == method.key]
+        if records:
+            label = method.key.removeprefix(f"{method.group}=")
+            found.setdefault(method.group, []).append(_value(label, records))
+    return found
+
+
+def ablation(folder: Path, console: Console) -> Path:
+    """Print a table for each option, and write ``ablation.html`` and ``ablation.md``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ConfigError: if there is no finished run.
+    """
+    result = read_result(folder)
+    if result is None or not result.records:
+        raise ConfigError(f"{folder / FILE}: no finished run there")
+    found = panels(result)
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for name in ("option", "value"):
+        table.add_column(name, overflow="fold")
+    for name in ("align. loss", "task loss", "refuses", "safety"):
+        table.add_column(name, justify="right")
+    lines = ["| option | value | alignment loss | task loss | refuses | safety time |"]
+    lines.append("|---|---|---|---|---|---|")
+    for option, values in found.items():
+        for value in values:
+            cells = [
+                option, value.label, f"{value.mean(value.alignment):.3f}",
+                f"{value.mean(value.task):.3f}", f"{value.mean(value.refusal):.0%}",
+                f"{value.share:.1%}",
+            ]  # fmt: skip
+            table.add_row(*cells)
+            lines.append(f"| {' | '.join(cells)} |")
+    console.print(table)
+    (folder / MARKDOWN).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    page = folder / PAGE
+    page.write_text(_html(result, found), encoding="utf-8")
+    console.print(f"wrote {page} and {MARKDOWN}", soft_wrap=True)
+    return page
+
+
+def _value(label: str, records: Sequence[Record]) -> Value:
+    safety = sum(record.seconds.safety for record in records)
+    training = safety + sum(record.seconds.task for record in records)
+    return Value(
+        label=label,
+        alignment=tuple(record.alignment_loss.end for record in records),
+        task=tuple(record.task_loss.end for record in records),
+        refusal=tuple(record.refusal_rate.end for record in records),
+        share=safety / training if training > 0 else 0.0,
+    )
+
+
+def _html(result: Result, found: dict[str, list[Value]]) -> str:
+    everything = [value for values in found.values() for value in values]
+    return (
+        environment()
+        .get_template("ablation.html.j2")
+        .render(
+            result=result,
+            config=RunConfig.model_validate(result.config),
+            panels=found,
+            width=WIDTH,
+            row=ROW,
+            left=LEFT,
+            x=scale(
+                [a for value in everything for a in value.alignment], LEFT, WIDTH - 14, zero=True
+            ),
+        )
+    )

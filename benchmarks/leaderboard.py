@@ -1,0 +1,187 @@
+"""The leaderboard of a sweep: an HTML page, a Markdown table, and a table in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.charts import path, scale
+from benchmarks.config import BASELINE
+from benchmarks.frontier import Interval
+from benchmarks.metrics import metric_of
+from benchmarks.standings import Row, Standings, standings
+
+PAGE, MARKDOWN = "leaderboard.html", "leaderboard.md"
+FRONTIER = (640, 440, 56, 44)  # width, height, left and bottom margins, in pixels
+PANEL = (180, 110, 30, 18)
+
+
+def leaderboard(folder: Path, console: Console) -> Path:
+    """Print the table of a sweep, and write ``leaderboard.html`` and ``leaderboard.md`` beside it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ConfigError: if there is no sweep in the folder, or its baseline has not finished.
+    """
+    found = standings(folder)
+    console.print(_terminal(found))
+    (folder / MARKDOWN).write_text(markdown(found), encoding="utf-8")
+    page = folder / PAGE
+    page.write_text(_html(found), encoding="utf-8")
+    console.print(f"wrote {page} and {MARKDOWN}", soft_wrap=True)
+    return page
+
+
+def markdown(found: Standings) -> str:
+    """The leaderboard as a Markdown table, for a README."""
+    lines = [
+        "| method | rise removed | alignment loss | task loss | refuses | over-refuses "
+        "| safety time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    start = found.test.start
+    assert start is not None
+    lines.append(
+        f"| start | | {start.alignment_loss:.3f} | {start.task_loss:.3f} "
+        f"| {start.refusal_rate:.0%} | {start.over_refusal_rate:.0%} | |"
+    )
+    for row in found.rows:
+        name = f"**{row.method}**" if row.ours else row.method
+        lines.append(
+            f"| {name} | {removed(row)} | {row.alignment:.3f} | {row.task:.3f} "
+            f"| {row.refusal:.0%} | {row.over_refusal:.0%} | {row.share:.1%} |"
+        )
+    seeds, prompts = len(found.config.seeds), found.config.evaluation.alignment_prompts
+    lines += [
+        "",
+        f"{found.config.model.name} on {found.config.task.name}, {found.config.steps} steps, "
+        f"{seeds} seeds, {prompts} harmful prompts that no method has seen. Rise removed: share of "
+        f"AdamW's rise in alignment loss that is gone at AdamW's task loss "
+        f"(+{found.tolerance:.0%}), with 95% intervals of a paired bootstrap over seeds and "
+        "prompts. Every method was tuned on other prompts.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def removed(row: Row) -> str:
+    """The share removed with its interval, in words where there is none."""
+    if row.method == BASELINE:
+        return "0% (baseline)"
+    if row.matched is None:
+        return "task loss not reached"
+    if row.removed is None:
+        return "nothing rose"
+    return _interval(row.removed)
+
+
+def _interval(share: Interval) -> str:
+    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+
+
+def _terminal(found: Standings) -> Table:
+    table = Table(
+        title=f"{found.config.model.name}, {found.config.task.name}, at task loss "
+        f"{found.target:.3f}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("#", justify="right")
+    table.add_column("method", overflow="fold")
+    for name in ("rise removed", "align. loss", "task loss", "refuses", "over- refuses", "safety"):
+        table.add_column(name, justify="right")
+    for number, row in enumerate(found.rows, start=1):
+        table.add_row(
+            str(number), row.method, removed(row), f"{row.alignment:.3f}", f"{row.task:.3f}",
+            f"{row.refusal:.0%}", f"{row.over_refusal:.0%}", f"{row.share:.1%}",
+            style="bold" if row.ours else "",
+        )  # fmt: skip
+    return table
+
+
+def environment() -> Environment:
+    """The templates of the benchmark's pages."""
+    return Environment(
+        loader=PackageLoader("benchmarks"),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _html(found: Standings) -> str:
+    return (
+        environment()
+        .get_template("leaderboard.html.j2")
+        .render(
+            found=found,
+            config=found.config,
+            result=found.test,
+            start=found.test.start,
+            rows=found.rows,
+            removed=removed,
+            baseline=BASELINE,
+            metric=metric_of(found.config.task.name)[0],
+            frontier=_frontier(found),
+            panels=_panels(found),
+        )
+    )
+
+
+def _frontier(found: Standings) -> dict[str, Any]:
+    """The drawing of alignment loss against task loss: every method's points, and the start."""
+    width, height, left, bottom = FRONTIER
+    points = [point for row in found.rows for point in row.points]
+    # The start's task loss is far away; what is compared is where methods end.
+    x = scale([point.task for point in points] + [found.target], left, width - 16)
+    y = scale([point.alignment for point in points], height - bottom, 16, zero=True)
+    return {
+        "width": width,
+        "height": height,
+        "left": left,
+        "bottom": height - bottom,
+        "x": x,
+        "y": y,
+        "target": x(found.target),
+        "start": y(found.test.start.alignment_loss) if found.test.start else None,
+        "methods": [
+            {
+                "row": row,
+                "number": number,
+                "x": x(row.task),
+                "y": y(row.alignment),
+                "others": [(x(point.task), y(point.alignment)) for point in row.points[1:]],
+                "line": path([(x(p.task), y(p.alignment)) for p in sorted(row.points)]),
+            }
+            for number, row in enumerate(found.rows, start=1)
+        ],
+    }
+
+
+def _panels(found: Standings) -> dict[str, Any]:
+    """One small drawing for each method: the alignment loss over the steps, every seed."""
+    width, height, left, bottom = PANEL
+    curves = [curve for row in found.rows for curve in row.curves]
+    x = scale([0, found.config.steps], left, width - 8)
+    y = scale([value for curve in curves for _, value in curve], height - bottom, 8, zero=True)
+    return {
+        "width": width,
+        "height": height,
+        "left": left,
+        "bottom": height - bottom,
+        "y": y,
+        "last": x(found.config.steps),
+        "first": x(0),
+        "lines": [
+            (row, [path([(x(step), y(value)) for step, value in curve]) for curve in row.curves])
+            for row in found.rows
+        ],
+    }

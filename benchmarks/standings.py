@@ -1,0 +1,219 @@
+"""From a sweep's results to one row for each method: what the leaderboard shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.config import BASELINE, ConfigError, MethodConfig, RunConfig
+from benchmarks.frontier import Interval, Matched, Outcome, Samples, matched
+from benchmarks.records import FILE, Record, Result, read_result
+from benchmarks.sweep import LONG, TEST, VAL
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the leaderboard; means over seeds at its choice, on test.
+
+    Attributes:
+        method: its name.
+        settings: of its choice, as the grid names them.
+        ours: whether it is one of this package's.
+        matched: at the baseline's task loss; None if it is not reached.
+        points: its published points, the choice first.
+        grid: what its grid points reached on val.
+        curves: of the choice: steps and alignment losses for each seed.
+        passes: forward passes of the task, forward and backward passes for safety.
+        long_rise: of the alignment loss in the long run; None without one.
+        long_task: task loss there.
+    """
+
+    method: str
+    settings: str
+    ours: bool
+    matched: Matched | None
+    points: tuple[Outcome, ...]
+    grid: tuple[Outcome, ...]
+    curves: tuple[tuple[tuple[int, float], ...], ...]
+    task: float
+    alignment: float
+    refusal: float
+    over_refusal: float
+    harmless_kl: float | None
+    task_metric: float | None
+    seconds: float
+    share: float
+    passes: tuple[float, float, float]
+    peak_bytes: float
+    long_rise: float | None
+    long_task: float | None
+
+    @property
+    def removed(self) -> Interval | None:
+        """Share of the baseline's rise that is removed at its task loss."""
+        return self.matched.removed if self.matched else None
+
+
+@dataclass(frozen=True)
+class Standings:
+    """A sweep, ready to be shown.
+
+    Attributes:
+        rows: the method that removes most first; those that do not reach the task loss last.
+        test: the result on test.
+        target: the task loss T* at which methods are compared.
+        failures: runs that crashed, in words.
+    """
+
+    rows: tuple[Row, ...]
+    test: Result
+    config: RunConfig
+    target: float
+    tolerance: float
+    failures: tuple[str, ...]
+
+
+OURS = ("projected_adamw", "safety_sam", "preconditioned_sgd", "safeguard", "repair")
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds a sweep's results."""
+    return (folder / TEST / FILE).exists()
+
+
+def standings(folder: Path, tolerance: float = 0.01) -> Standings:
+    """Read a sweep's folder.
+
+    Args:
+        folder: with the stages' results.
+        tolerance: share above the baseline's task loss at which methods are compared.
+
+    Raises:
+        ConfigError: if runs are missing, or the prompts' losses are.
+    """
+    test = _result(folder / TEST)
+    if test is None or test.start is None or test.start.prompts is None:
+        raise ConfigError(
+            f"{folder / TEST / FILE}: no result of a sweep with evaluation.per_prompt; make one "
+            "with `python -m benchmarks sweep CONFIG --out DIR`"
+        )
+    config = RunConfig.model_validate(test.config)
+    groups = _complete(test, config)
+    if BASELINE not in groups:
+        raise ConfigError(f"{folder / TEST / FILE}: {BASELINE} has not finished with every seed")
+    samples = {
+        name: [_samples(records) for _, records in members] for name, members in groups.items()
+    }
+    compared = matched(samples, BASELINE, np.array(test.start.prompts), tolerance)
+    others = [_result(folder / stage) for stage in (VAL, LONG)]
+    grid, long = (_by_family(result) for result in others)
+    rows = [
+        _row(name, members, compared[name], grid.get(name, []), long.get(name, []))
+        for name, members in groups.items()
+    ]
+    rows.sort(
+        key=lambda row: (row.removed is None, -row.removed.value if row.removed else row.task)
+    )
+    failures = [
+        f"{stage}: {failure.method}, seed {failure.seed}: {failure.error}"
+        for stage, result in zip((TEST, VAL, LONG), [test, *others], strict=True)
+        if result is not None
+        for failure in result.failures
+    ]
+    base_task = float(samples[BASELINE][0].task.mean())
+    return Standings(
+        tuple(rows), test, config, base_task * (1 + tolerance), tolerance, tuple(failures)
+    )
+
+
+def _result(folder: Path) -> Result | None:
+    return read_result(folder)
+
+
+def _complete(
+    result: Result, config: RunConfig
+) -> dict[str, list[tuple[MethodConfig, list[Record]]]]:
+    """Records by family and point; points that lack a seed are left out."""
+    groups: dict[str, list[tuple[MethodConfig, list[Record]]]] = {}
+    for method in config.methods:
+        records = [record for record in result.records if record.method == method.key]
+        if len(records) == len(config.seeds):
+            groups.setdefault(method.family, []).append((method, records))
+    return groups
+
+
+def _by_family(result: Result | None) -> dict[str, list[Record]]:
+    if result is None:
+        return {}
+    families = {
+        method.key: method.family for method in RunConfig.model_validate(result.config).methods
+    }
+    found: dict[str, list[Record]] = {}
+    for record in result.records:
+        found.setdefault(families[record.method], []).append(record)
+    return found
+
+
+def _samples(records: Sequence[Record]) -> Samples:
+    ends = [record.curve[-1] for record in records]
+    return Samples(
+        task=np.array([end.task_loss for end in ends]),
+        alignment=np.array([end.prompts for end in ends], dtype=np.float64),
+    )
+
+
+def _row(
+    name: str,
+    members: Sequence[tuple[MethodConfig, list[Record]]],
+    compared: Matched | None,
+    grid: Sequence[Record],
+    long: Sequence[Record],
+) -> Row:
+    method, records = members[0]
+
+    def mean(of: Callable[[Record], float], over: Sequence[Record] = records) -> float:
+        return sum(of(record) for record in over) / len(over)
+
+    training = mean(lambda r: r.seconds.task + r.seconds.safety)
+    return Row(
+        method=name,
+        settings=method.key.removeprefix(name).strip("[]").replace(",", ", "),
+        ours=method.name in OURS,
+        matched=compared,
+        points=tuple(
+            Outcome(
+                mean(lambda r: r.task_loss.end, point), mean(lambda r: r.alignment_loss.end, point)
+            )
+            for _, point in members
+        ),
+        grid=tuple(Outcome(r.task_loss.end, r.alignment_loss.end) for r in grid),
+        curves=tuple(
+            tuple((point.step, point.alignment_loss) for point in record.curve)
+            for record in records
+        ),
+        task=mean(lambda r: r.task_loss.end),
+        alignment=mean(lambda r: r.alignment_loss.end),
+        refusal=mean(lambda r: r.refusal_rate.end),
+        over_refusal=mean(lambda r: r.over_refusal_rate.end),
+        harmless_kl=None
+        if records[0].harmless_kl is None
+        else mean(lambda r: r.harmless_kl or 0.0),
+        task_metric=None
+        if records[0].task_metric is None
+        else mean(lambda r: r.task_metric.end if r.task_metric else 0.0),
+        seconds=training,
+        share=mean(lambda r: r.seconds.safety) / training if training > 0 else 0.0,
+        passes=(
+            mean(lambda r: r.passes.task_forward),
+            mean(lambda r: r.passes.safety_forward),
+            mean(lambda r: r.passes.safety_backward),
+        ),
+        peak_bytes=max(record.peak_bytes for record in records),
+        long_rise=mean(lambda r: r.alignment_loss.end - r.alignment_loss.start, long)
+        if long
+        else None,
+        long_task=mean(lambda r: r.task_loss.end, long) if long else None,
+    )

@@ -1,0 +1,316 @@
+"""A whole sweep on the tiny model: stages, resuming, leaderboard, ablation, submission checks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks import tiny
+from benchmarks.__main__ import app
+from benchmarks.charts import scale
+from benchmarks.config import RunConfig, SweepConfig
+from benchmarks.leaderboard import markdown
+from benchmarks.records import read_result
+from benchmarks.run import run
+from benchmarks.standings import standings
+from benchmarks.submit import check_method, check_result
+from benchmarks.sweep import sweep
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_training():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "STEPS", 60)
+        tiny._kept_state.cache_clear()
+        yield
+    tiny._kept_state.cache_clear()
+
+
+def plain() -> dict:
+    return {
+        "model": {"name": "tiny"},
+        "task": {"name": "tiny", "max_length": 64, "eval_examples": 8, "val_examples": 8},
+        "batch_size": 8,
+        "steps": 4,
+        "learning_rate": 2e-3,
+        "lora": {"target_modules": ["q_proj", "v_proj"]},
+        "seeds": [0, 1],
+        "tuning": {"seeds": [5]},
+        "long": 2,
+        "methods": [
+            {"name": "adamw", "grid": {"learning_rate": [2e-3, 4e-3]}},
+            {"name": "replay", "grid": {"weight": [1.0, 3.0]}},
+            {"name": "projected_adamw", "held": True, "learning_rate": 4e-3},
+        ],
+        "evaluation": {
+            "every": 2,
+            "alignment_prompts": 6,
+            "refusal_prompts": 4,
+            "over_refusal_prompts": 4,
+            "new_tokens": 4,
+            "per_prompt": True,
+            "harmless_kl": True,
+            "metric_examples": 2,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "sweep.yaml"
+    path.write_text(yaml.safe_dump(plain()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sweep")
+    assert sweep(SweepConfig.model_validate(plain()), out, QUIET) == 0
+    for stage in ("val", "test", "long"):  # as from a clean checkout
+        path = out / stage / "result.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["environment"]["commit"] = "0" * 40
+        path.write_text(json.dumps(result), encoding="utf-8")
+    return out
+
+
+def test_the_stages_are_tuned_published_and_long(folder: Path):
+    val, test, long = (read_result(folder / stage) for stage in ("val", "test", "long"))
+    assert (len(val.records), len(long.records)) == (5, 6)
+    # Both seeds of every choice, and of the other grid points that are on their frontiers.
+    assert len(test.records) == 2 * len(test.config["methods"])
+    assert 3 <= len(test.config["methods"]) <= 5
+    assert {record.seed for record in val.records} == {5}
+    assert {record.seed for record in test.records} == {0, 1}
+    assert {record.steps for record in long.records} == {8}
+    assert val.start.task_loss != test.start.task_loss  # other held-out examples
+    assert val.start.prompts != test.start.prompts  # other prompts
+    assert test.start.prompts == long.start.prompts
+    best = min(
+        (r for r in val.records if r.method.startswith("adamw")), key=lambda r: r.task_loss.end
+    )
+    assert test.config["methods"][0]["label"] == best.method
+
+
+def test_a_sweep_goes_on_where_it_was_left(folder: Path, tmp_path: Path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    shutil.rmtree(out / "long")
+    result = read_result(out / "test")
+    whole = result.model_dump()
+    result.records.pop()
+    (out / "test" / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
+    changed = SweepConfig.model_validate({**plain(), "long": None})
+    ran = []
+    from benchmarks.bench import Bench
+
+    monkeypatch.setattr(
+        Bench,
+        "run",
+        lambda self, m, s, *rest, inner=Bench.run: ran.append(s) or inner(self, m, s, *rest),
+    )
+    assert sweep(changed, out, QUIET) == 0
+    assert ran == [whole["records"][-1]["seed"]]
+    again = read_result(out / "test").records[-1]
+    assert again.curve[-1].prompts == whole["records"][-1]["curve"][-1]["prompts"]
+
+
+def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
+    found = standings(folder)
+    assert {row.method for row in found.rows} == {"adamw", "replay", "projected_adamw"}
+    base = next(row for row in found.rows if row.method == "adamw")
+    test = read_result(folder / "test")
+    ends = [r.task_loss.end for r in test.records if r.method == test.config["methods"][0]["label"]]
+    assert base.task == pytest.approx(sum(ends) / 2)
+    assert found.target == pytest.approx(1.01 * base.task)
+    assert base.removed is None or base.removed.value == pytest.approx(0)
+    for row in found.rows:
+        assert row.long_rise is not None
+        assert row.passes[0] == 4
+        assert len(row.curves) == 2
+    assert [row.ours for row in found.rows if row.method == "projected_adamw"] == [True]
+
+    done = CliRunner().invoke(app, ["report", str(folder)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    page = (folder / "leaderboard.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://", page)
+    assert page.count("<tr class=") == 3
+    assert page.count('role="img"') == 4
+    text = (folder / "leaderboard.md").read_text(encoding="utf-8")
+    assert text == markdown(found)
+    assert "**projected_adamw**" in text
+    assert "| adamw | 0% (baseline) |" in text
+
+
+def test_failed_and_missing_runs_are_told(folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    result = read_result(out / "test")
+    key = next(m["label"] for m in result.config["methods"] if m["name"] == "projected_adamw")
+    lost = next(r for r in result.records if r.method == key)
+    result.records.remove(lost)
+    changed = result.model_dump(mode="json")
+    changed["failures"] = [{"method": key, "seed": lost.seed, "error": "out of <memory>"}]
+    (out / "test" / "result.json").write_text(json.dumps(changed), encoding="utf-8")
+    assert "projected_adamw" not in {row.method for row in standings(out).rows}
+    CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False)
+    page = (out / "leaderboard.html").read_text(encoding="utf-8")
+    assert "out of &lt;memory&gt;" in page
+
+
+def test_an_ablation_has_a_panel_for_each_option(tmp_path: Path):
+    fields = {k: v for k, v in plain().items() if k not in ("tuning", "long")}
+    fields["methods"] = [
+        {"name": "adamw"},
+        {"name": "projected_adamw", "vary": {"rank": [1, 4], "held": [True]}},
+    ]
+    run(RunConfig.model_validate(fields), tmp_path, QUIET)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "ablation.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 3
+    assert page.count('class="small"') == 4 * 2
+    lines = (tmp_path / "ablation.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split("|")[1:3] for line in lines[3:]] == [
+        [" rank ", " 1 "], [" rank ", " 4 "], [" held ", " true "],
+    ]  # fmt: skip
+
+
+def test_scales_have_round_ticks_and_hold_everything():
+    found = scale([0.013, 0.087], 0, 100)
+    assert [label for _, label in found.ticks] == ["0.02", "0.04", "0.06", "0.08"]
+    assert 0 <= found(0.013) < found(0.087) <= 100
+    assert scale([3.0, 3.0], 10, 20)(3.0) == pytest.approx(15)
+    assert scale([1, 5, float("inf")], 0, 1, zero=True).low == 0
+    assert scale([1000, 9000], 300, 0)(1000) > scale([1000, 9000], 300, 0)(9000)
+
+
+# --- submissions ---
+
+
+def test_an_honest_result_passes(folder: Path, config: Path):
+    answered, problems = check_result(folder, config)
+    assert problems == []
+    assert answered.model.name == "tiny"
+    done = CliRunner().invoke(app, ["submit", str(folder), "--config", str(config)])
+    assert done.exit_code == 0, done.output
+    assert "passes" in done.output
+
+
+def tampered(folder: Path, out: Path, stage: str, change) -> Path:
+    shutil.copytree(folder, out)
+    path = out / stage / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    change(result)
+    path.write_text(json.dumps(result), encoding="utf-8")
+    return out
+
+
+def better(result: dict) -> None:
+    for record in result["records"]:
+        record["alignment_loss"]["end"] *= 0.5
+
+
+def better_curve(result: dict) -> None:
+    better(result)
+    for record in result["records"]:
+        record["curve"][-1]["alignment_loss"] *= 0.5
+
+
+def more_steps(result: dict) -> None:
+    result["config"]["steps"] = 8
+
+
+def one_seed_less(result: dict) -> None:
+    result["records"] = [r for r in result["records"] if r["seed"] != 1]
+
+
+def other_choice(result: dict) -> None:
+    """Another weight than the one that the runs on val choose, everywhere."""
+    for entry in result["config"]["methods"]:
+        if entry["name"] == "replay":
+            old, entry["weight"] = entry["label"], 7.0
+            entry["label"] = f"{old}*"
+            for record in result["records"]:
+                if record["method"] == old:
+                    record["method"] = entry["label"]
+
+
+def lucky_rate(result: dict) -> None:
+    result["records"][0]["refusal_rate"]["end"] = 0.99
+
+
+def uncommitted(result: dict) -> None:
+    result["environment"]["commit"] += "+"
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "message"),
+    [
+        (better, "test", "alignment_loss.end"),
+        (better_curve, "test", "step 4's alignment loss"),
+        (more_steps, "test", "config.steps: 8, the published config has 4"),
+        (more_steps, "val", "val: config.steps"),
+        (one_seed_less, "test", "seed 1: no record"),
+        (other_choice, "test", "not what the runs on val choose"),
+        (lucky_rate, "test", "is no share of 4 prompts"),
+        (uncommitted, "test", "not committed"),
+    ],
+)
+def test_results_that_were_changed_are_refused(
+    folder: Path, config: Path, tmp_path: Path, change, stage: str, message: str
+):
+    _, problems = check_result(tampered(folder, tmp_path / "out", stage, change), config)
+    assert any(message in problem for problem in problems), problems
+
+
+def test_methods_are_checked_by_what_they_do(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import random\n"
+        "from benchmarks.methods.adamw import AdamW\n"
+        "from benchmarks.methods.base import joined\n"
+        "from safeopt import refusal_nll\n"
+        "class Good(AdamW):\n"
+        "    def after_backward(self):\n"
+        "        batch = joined(self.setup.safety[:2])\n"
+        "        with self.cost.clock():\n"
+        "            refusal_nll(self.setup.model, batch).mean().backward()\n"
+        "        self.cost.add(batch, backward=True)\n"
+        "class Hides(Good):\n"
+        "    def after_backward(self):\n"
+        "        refusal_nll(self.setup.model, joined(self.setup.safety[:2])).mean().backward()\n"
+        "class Idle(AdamW):\n"
+        "    def step(self, task_loss):\n"
+        "        return float(task_loss().detach())\n"
+        "class Chance(AdamW):\n"
+        "    def after_backward(self):\n"
+        "        for p in self.setup.params:\n"
+        "            p.grad *= random.SystemRandom().random()\n"
+        "            p.grad.pow_(3)\n"
+        "class Raises(AdamW):\n"
+        "    def finish(self):\n"
+        "        raise KeyError('x')\n",
+        encoding="utf-8",
+    )
+    assert check_method(f"{file}:Good") == []
+    for name, message in (
+        ("Hides", "count every pass"),
+        ("Idle", "it does not learn"),
+        ("Chance", "two runs with one seed differ"),
+        ("Raises", "it raises KeyError"),
+    ):
+        problems = check_method(f"{file}:{name}")
+        assert any(message in problem for problem in problems), (name, problems)
+    done = CliRunner().invoke(app, ["submit", "--method", f"{file}:Hides"])
+    assert done.exit_code == 1
+    assert "count every pass" in done.output.replace("\n", " ")
