@@ -22,9 +22,9 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "STEPS", 80)
-        tiny._trained_state.cache_clear()
+        tiny._kept_state.cache_clear()
         tiny.model().save_pretrained(folder / "model")
-    tiny._trained_state.cache_clear()
+    tiny._kept_state.cache_clear()
     tiny.tokenizer().save_pretrained(folder / "model")
     task = [{"prompt": prompt, "response": response} for prompt, response in tiny.task()[:64]]
     harmful = [{"prompt": prompt} for prompt in tiny.safety_splits().probe[:16]]

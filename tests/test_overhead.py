@@ -34,7 +34,7 @@ def test_runs_are_interleaved_and_the_warm_up_is_not_counted(monkeypatch):
 def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "STEPS", 2)
     monkeypatch.setattr(optimizer_step, "SHAPES", [(2, 40), (40, 2)])
-    tiny._trained_state.cache_clear()
+    tiny._kept_state.cache_clear()
     config = yaml.safe_load((CONFIGS / "demo-tiny.yaml").read_text(encoding="utf-8"))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config | {"batch_size": 2}), encoding="utf-8")
@@ -56,7 +56,7 @@ def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
     monkeypatch.setattr(training_step._Rival, "step", step)
     arguments = ["overhead", "--config", str(path), "--rounds", "1", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    tiny._trained_state.cache_clear()
+    tiny._kept_state.cache_clear()
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert set(TARGETS) == set(result["targets"]) < set(result)
