@@ -61,12 +61,12 @@ def test_a_model_is_repaired(files, forgotten, tmp_path, full):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "no working folder is left"
 
 
-def test_without_task_data_the_cost_is_said_to_be_unknown(files, forgotten, tmp_path):
+def test_without_task_data_the_cost_is_said_to_be_unknown(files, forgotten, tmp_path, caplog):
     tmp_path.joinpath("out").mkdir()  # an empty folder is welcome
     done = invoke(*arguments(files, forgotten[False], tmp_path / "out", "--refreshes", "1"))
     assert done.exit_code == 0, done.output
     assert "give --train" in done.output
-    assert "above its budget" in done.output
+    assert "above its limit" in caplog.text
     assert json.loads((tmp_path / "out" / "repair.json").read_text())["task_before"] is None
 
 

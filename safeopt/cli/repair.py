@@ -68,8 +68,6 @@ def _repair(config: RepairConfig) -> None:
     with console.status(f"repairing, at most {config.refreshes} steps"):
         report = run_repair(prepared)
     show(report, Console())
-    if not report.within_budget:
-        console.print("[yellow]the alignment loss is still above its budget[/]")
     say(f"wrote {config.out}")
 
 
