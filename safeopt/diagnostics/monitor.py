@@ -108,7 +108,8 @@ class SafetyMonitor:
         action: what happens where a measurement is above the limit. ``"warn"`` logs a warning,
             ``"stop"`` asks to stop, ``"rollback"`` puts the run back to the last check that was
             measured within the budget and lowers the learning rate; where that has happened
-            ``max_rollbacks`` times before, it asks to stop there.
+            ``max_rollbacks`` times before, it asks to stop there. A resumed run that begins above
+            the limit has no safe checkpoint and is asked to stop.
         others: schedulers, scalers and whatever else with a ``state_dict`` is put back, too.
         lr_factor: what a rollback multiplies the learning rate by, in (0, 1].
         max_rollbacks: at least 0.

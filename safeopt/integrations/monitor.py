@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from safeopt.diagnostics.monitor import Check, SafetyMonitor
-from safeopt.integrations.transformers import unwrapped
+from safeopt.integrations.transformers import add_figures, unwrapped
 from safeopt.probe import SafetyProbe
 
 
@@ -111,11 +111,7 @@ class _Log(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the figures to the log and to the Trainer's history."""
-        figures = monitor_figures(self._watch)
-        if logs is not None:
-            logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
+        add_figures(state, logs, monitor_figures(self._watch))
 
 
 def install_monitor(trainer: Trainer, probe: SafetyProbe, **options: Any) -> MonitorCallback:

@@ -26,11 +26,7 @@ class SafetyLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the safety figures to the log and to the Trainer's history."""
-        figures = safety_figures(safety_of(unwrapped(kwargs["optimizer"])))
-        if logs is not None:
-            logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
+        add_figures(state, logs, safety_figures(safety_of(unwrapped(kwargs["optimizer"]))))
 
 
 class SafetyCallback(SafetyLog):
@@ -129,6 +125,16 @@ def safety_figures(safety: SafetyGeometry) -> dict[str, float]:
         "coupling": safety.coupling,
     }
     return {name: value for name, value in named.items() if value is not None}
+
+
+def add_figures(
+    state: TrainerState, logs: dict[str, Any] | None, figures: dict[str, float]
+) -> None:
+    """Add figures to a log, which goes on to later callbacks, and to the Trainer's history."""
+    if logs is not None:
+        logs.update(figures)
+    if state.log_history:
+        state.log_history[-1].update(figures)
 
 
 def unwrapped(optimizer: Any) -> Any:
