@@ -67,14 +67,14 @@ def sweep(
     config: Config,
     out: Out,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes at a time; one a core by default.")
+        int | None, typer.Option(min=1, help="Processes at a time; one a GPU or core by default.")
     ] = None,
     ray: Ray = None,
     dry_run: DryRun = False,
 ) -> None:
     """Tune every method on `val`, run its choice on `test`, and report; resumable."""
     from benchmarks.dry_run import shrunk
-    from benchmarks.jobs import cores
+    from benchmarks.jobs import places
     from benchmarks.leaderboard import leaderboard
     from benchmarks.sweep import sweep as run_sweep
 
@@ -82,7 +82,7 @@ def sweep(
     if not isinstance(loaded, SweepConfig):
         raise ConfigError(f"{config}: a sweep needs `tuning:`; else use `python -m benchmarks run`")
     chosen = shrunk(loaded) if dry_run else loaded
-    executor, threads = _executor(jobs or cores(), ray)
+    executor, threads = _executor(jobs or places(), ray)
     failed = run_sweep(chosen, out, console, executor, threads)
     leaderboard(out, console)
     if failed:
@@ -92,13 +92,13 @@ def sweep(
 
 def _executor(jobs: int | None, ray: str | None) -> tuple[Executor | None, int | None]:
     """Where the runs take place, and the threads of each."""
-    from benchmarks.jobs import cores, on_ray, processes
+    from benchmarks.jobs import Processes, RayCluster, cores
 
     if ray is not None:
-        return on_ray(ray, RAY_THREADS), RAY_THREADS
+        return RayCluster(ray, RAY_THREADS), RAY_THREADS
     if jobs is None:
         return None, None
-    return processes(jobs), max(1, cores() // jobs)
+    return Processes(jobs), max(1, cores() // jobs)
 
 
 @app.command()

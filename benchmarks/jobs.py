@@ -12,14 +12,19 @@ import signal
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from benchmarks.config import RunConfig
+from benchmarks.quiet import be_quiet
 from benchmarks.records import Point, Record, Start
 
 REPOSITORY = Path(__file__).parents[1]
@@ -65,7 +70,14 @@ class JobListener(Protocol):
         """When a job has crashed."""
 
 
-Executor = Callable[[Sequence[Job], JobListener], None]
+class Executor(Protocol):
+    """A place where runs can take place."""
+
+    def start(self, config: dict[str, Any], threads: int | None) -> dict[str, Any]:
+        """Measure the model before training there."""
+
+    def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
+        """Do all jobs."""
 
 
 def measure_start(config: dict[str, Any], threads: int | None) -> dict[str, Any]:
@@ -92,47 +104,50 @@ def do(
 def _use_threads(number: int | None) -> None:
     """Before the model is loaded; a config's own number overrides it afterwards."""
     if number is not None:
-        import torch
-
         torch.set_num_threads(number)
 
 
 # --- processes ---
 
 
-def processes(number: int) -> Executor:
-    """An executor with ``number`` processes at a time, a new one for every job."""
+class Processes:
+    """``number`` processes at a time on this machine, a new one for every job.
 
-    def execute(jobs: Sequence[Job], listener: JobListener) -> None:
+    Where there are several GPUs, the processes are spread over them.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def start(self, config: dict[str, Any], threads: int | None) -> dict[str, Any]:
+        """As `Executor.start`."""
+        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+            return pool.submit(measure_start, config, threads).result()
+
+    def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
+        """As `Executor.run`."""
         context = _context()
-        waiting = deque(jobs)
-        running: dict[Connection, tuple[Job, BaseProcess]] = {}
+        waiting, places = deque(jobs), deque(range(self.number))
+        running: dict[Connection, tuple[Job, BaseProcess, int]] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < number:
-                    job = waiting.popleft()
+                while waiting and places:
+                    job, place = waiting.popleft(), places.popleft()
                     ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_child, args=(job, theirs), daemon=True)
+                    process = context.Process(target=_child, args=(job, theirs, place), daemon=True)
                     process.start()
                     theirs.close()  # so that the end of the process is the end of the pipe
-                    running[ours] = (job, process)
+                    running[ours] = (job, process, place)
                 for connection in wait(list(running)):
                     assert isinstance(connection, Connection)
-                    job, process = running[connection]
+                    job, process, place = running[connection]
                     if _receive(connection, job, process, listener):
                         connection.close()
                         del running[connection]
+                        places.append(place)
         finally:
-            for _, process in running.values():
+            for _, process, _ in running.values():
                 process.kill()
-
-    return execute
-
-
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, from a process of its own; an error in it is raised here."""
-    with _context().Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def _context() -> Any:
@@ -169,9 +184,11 @@ def _receive(connection: Connection, job: Job, process: BaseProcess, listener: J
     return False
 
 
-def _child(job: Job, connection: Connection) -> None:
+def _child(job: Job, connection: Connection, place: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    _be_quiet()
+    if (devices := torch.cuda.device_count()) > 1:
+        torch.cuda.set_device(place % devices)
+    be_quiet()
     try:
         record = do(
             job,
@@ -183,12 +200,6 @@ def _child(job: Job, connection: Connection) -> None:
         connection.send(("failure", _told(error)))
     finally:
         connection.close()
-
-
-def _be_quiet() -> None:
-    from benchmarks.quiet import be_quiet
-
-    be_quiet()
 
 
 def _told(error: BaseException) -> str:
@@ -207,8 +218,8 @@ def _ending(code: int | None) -> str:
 # --- Ray ---
 
 
-def on_ray(address: str, threads: int) -> Executor:
-    """An executor on a Ray cluster: every job is a task that takes ``threads`` processors.
+class RayCluster:
+    """Every job is a task of a Ray cluster, with a GPU where the cluster has any.
 
     Args:
         address: of the cluster, ``auto`` for the one that this machine belongs to, or ``local`` to
@@ -216,21 +227,18 @@ def on_ray(address: str, threads: int) -> Executor:
         threads: processors of a job.
     """
 
-    def execute(jobs: Sequence[Job], listener: JobListener) -> None:
-        import ray
+    def __init__(self, address: str, threads: int) -> None:
+        self.address, self.threads = address, threads
 
-        packages = [str(REPOSITORY / name) for name in ("benchmarks", "safeopt")]
-        settings: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        ray.init(
-            address=address,
-            # The packages of this checkout travel to the workers; what they need must be there.
-            runtime_env={"py_modules": packages},
-            log_to_driver=False,
-            **settings,
-        )
-        try:
-            # max_calls=1: a process of its own for every run, as everywhere.
-            task = ray.remote(num_cpus=threads, max_retries=0, max_calls=1)(_ray_task)
+    def start(self, config: dict[str, Any], threads: int | None) -> dict[str, Any]:
+        """As `Executor.start`."""
+        with self._connected() as ray:
+            return ray.get(self._task(ray, measure_start).remote(config, threads))
+
+    def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
+        """As `Executor.run`."""
+        with self._connected() as ray:
+            task = self._task(ray, _ray_task)
             running = {task.remote(job): job for job in jobs}
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
@@ -245,19 +253,45 @@ def on_ray(address: str, threads: int) -> Executor:
                     listener.on_record(job, Record.model_validate(content))
                 else:
                     listener.on_failure(job, content)
+
+    @contextmanager
+    def _connected(self) -> Iterator[Any]:
+        import ray
+
+        packages = [str(REPOSITORY / name) for name in ("benchmarks", "safeopt")]
+        settings = {"include_dashboard": False} if self.address == "local" else {}
+        ray.init(
+            address=self.address,
+            # The packages of this checkout travel to the workers; what they need must be there.
+            runtime_env={"py_modules": packages},
+            log_to_driver=False,
+            **settings,
+        )
+        try:
+            yield ray
         finally:
             ray.shutdown()
 
-    return execute
+    def _task(self, ray: Any, function: Callable[..., Any]) -> Any:
+        # max_calls=1: a process of its own for every run, as everywhere.
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        return ray.remote(num_cpus=self.threads, num_gpus=gpus, max_retries=0, max_calls=1)(
+            function
+        )
 
 
 def _ray_task(job: Job) -> tuple[str, Any]:
-    _be_quiet()
+    be_quiet()
     try:
         record = do(job, lambda step, loss: None, lambda point: None)
         return "record", record.model_dump(mode="json")
     except Exception as error:
         return "failure", _told(error)
+
+
+def places() -> int:
+    """How many runs fit on this machine at a time: one a GPU, else one a processor."""
+    return torch.cuda.device_count() or cores()
 
 
 def cores() -> int:

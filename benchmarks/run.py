@@ -21,7 +21,7 @@ from benchmarks.bench import Bench
 from benchmarks.config import TINY, ConfigError, RunConfig
 from benchmarks.data.datasets import labelled_refusals
 from benchmarks.environment import environment
-from benchmarks.jobs import Executor, Job, JobListener, in_process, measure_start
+from benchmarks.jobs import Executor, Job, JobListener
 from benchmarks.judge import judge_quality
 from benchmarks.records import (
     Failure,
@@ -82,12 +82,11 @@ def run(
             bench = Bench(config)
     if result.start is None:
         with console.status("measuring the starting point"):
-            if bench is not None:
+            if executor is None:
+                assert bench is not None
                 result.start = bench.measure_start()
             else:
-                result.start = Start.model_validate(
-                    in_process(measure_start, config.as_json(), threads)
-                )
+                result.start = Start.model_validate(executor.start(config.as_json(), threads))
         _say_start(console, result.start)
     result.failures = []
     write_result(result, out)
@@ -95,11 +94,11 @@ def run(
     jobs = [Job(config.as_json(), key, seed, start, threads) for key, seed in pending]
     with _progress(console, len(jobs)) as progress:
         listener = _Recorder(result, out, console, progress, config.steps)
-        if bench is not None:
+        if executor is None:
+            assert bench is not None
             _here(bench, jobs, result.start, listener)
         else:
-            assert executor is not None
-            executor(jobs, listener)
+            executor.run(jobs, listener)
     _in_order(result, config)
     write_result(result, out)
     return result

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.config import BASELINE, ConfigError, MethodConfig, RunConfig
+from benchmarks.config import BASELINE, ConfigError, MethodConfig, RunConfig, SweepConfig
 from benchmarks.frontier import Interval, Matched, Outcome, Samples, matched
 from benchmarks.records import FILE, Record, Result, read_result
-from benchmarks.sweep import LONG, TEST, VAL
+from benchmarks.sweep import CONFIG, LONG, TEST, VAL
 
 
 @dataclass(frozen=True)
@@ -81,26 +82,27 @@ OURS = ("projected_adamw", "safety_sam", "preconditioned_sgd", "safeguard", "rep
 
 def is_sweep(folder: Path) -> bool:
     """Whether a folder holds a sweep's results."""
-    return (folder / TEST / FILE).exists()
+    return (folder / CONFIG).exists() and (folder / TEST / FILE).exists()
 
 
-def standings(folder: Path, tolerance: float = 0.01) -> Standings:
+def standings(folder: Path) -> Standings:
     """Read a sweep's folder.
 
     Args:
-        folder: with the stages' results.
-        tolerance: share above the baseline's task loss at which methods are compared.
+        folder: with the sweep's config and the stages' results.
 
     Raises:
         ConfigError: if runs are missing, or the prompts' losses are.
     """
-    test = _result(folder / TEST)
+    test = read_result(folder / TEST)
     if test is None or test.start is None or test.start.prompts is None:
         raise ConfigError(
             f"{folder / TEST / FILE}: no result of a sweep with evaluation.per_prompt; make one "
             "with `python -m benchmarks sweep CONFIG --out DIR`"
         )
     config = RunConfig.model_validate(test.config)
+    swept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    tolerance = SweepConfig.model_validate(swept).tuning.tolerance
     groups = _complete(test, config)
     if BASELINE not in groups:
         raise ConfigError(f"{folder / TEST / FILE}: {BASELINE} has not finished with every seed")
@@ -108,7 +110,7 @@ def standings(folder: Path, tolerance: float = 0.01) -> Standings:
         name: [_samples(records) for _, records in members] for name, members in groups.items()
     }
     compared = matched(samples, BASELINE, np.array(test.start.prompts), tolerance)
-    others = [_result(folder / stage) for stage in (VAL, LONG)]
+    others = [read_result(folder / stage) for stage in (VAL, LONG)]
     grid, long = (_by_family(result) for result in others)
     rows = [
         _row(name, members, compared[name], grid.get(name, []), long.get(name, []))
@@ -127,10 +129,6 @@ def standings(folder: Path, tolerance: float = 0.01) -> Standings:
     return Standings(
         tuple(rows), test, config, base_task * (1 + tolerance), tolerance, tuple(failures)
     )
-
-
-def _result(folder: Path) -> Result | None:
-    return read_result(folder)
 
 
 def _complete(

@@ -7,6 +7,7 @@ choice.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from benchmarks.records import Record, Result
 from benchmarks.run import run
 
 VAL, TEST, LONG = "val", "test", "long"
+CONFIG = "sweep.json"
 
 
 def sweep(
@@ -41,10 +43,12 @@ def sweep(
         The number of runs that failed.
 
     Raises:
-        ConfigError: if ``out`` holds another sweep, or no run of the baseline or of another method
-            is left to choose from.
+        ConfigError: if ``out`` holds the stages of another sweep, or all runs of a method on val
+            have failed.
     """
     points = tuple(point for method in config.methods for point in method.points())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG).write_text(json.dumps(config.as_json(), indent=1) + "\n", encoding="utf-8")
     console.rule(f"val: {len(points)} grid points")
     tuned = run(
         config.stage("val", points, config.tuning.seeds), out / VAL, console, executor, threads

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.config import RunConfig
-from benchmarks.jobs import on_ray, processes
+from benchmarks.jobs import Processes, RayCluster
 from benchmarks.records import read_result
 from benchmarks.run import run
 
@@ -97,7 +97,7 @@ def test_a_record_has_what_the_config_asks_for(here):
 
 def test_processes_give_the_same_json_as_one_process(here, tmp_path: Path):
     both = run(
-        config([{"name": "adamw"}, {"name": "replay"}], (0, 1)), tmp_path, QUIET, processes(2)
+        config([{"name": "adamw"}, {"name": "replay"}], (0, 1)), tmp_path, QUIET, Processes(2)
     )
     assert comparable(both) == comparable(here)
     assert comparable(read_result(tmp_path)) == comparable(here)
@@ -108,7 +108,7 @@ def test_a_crash_costs_one_run_and_is_tried_again(here, tmp_path: Path):
     file.write_text(METHODS, encoding="utf-8")
     broken = [{"name": f"{file}:{name}", "label": name} for name in ("Raises", "Dies", "Diverges")]
     wanted = config([*broken, {"name": "adamw"}])
-    result = run(wanted, tmp_path / "out", QUIET, processes(2))
+    result = run(wanted, tmp_path / "out", QUIET, Processes(2))
     assert [record.method for record in result.records] == ["adamw"]
     assert result.records[0].curve[-1].task_loss == here.records[0].curve[-1].task_loss
     errors = {failure.method: failure.error for failure in result.failures}
@@ -117,7 +117,7 @@ def test_a_crash_costs_one_run_and_is_tried_again(here, tmp_path: Path):
     assert "DivergedError: step 2: task loss nan" in errors["Diverges"]
 
     file.write_text(METHODS.replace("raise RuntimeError", "str"), encoding="utf-8")
-    again = run(wanted, tmp_path / "out", QUIET, processes(2))
+    again = run(wanted, tmp_path / "out", QUIET, Processes(2))
     assert [record.method for record in again.records] == ["Raises", "adamw"]
     assert [failure.method for failure in again.failures] == ["Dies", "Diverges"]
 
@@ -128,7 +128,7 @@ def test_ray_gives_the_same_json_as_one_process(here, tmp_path: Path):
     file = tmp_path / "broken.py"
     file.write_text(METHODS, encoding="utf-8")
     wanted = config([{"name": "adamw"}, {"name": f"{file}:Raises", "label": "Raises"}])
-    result = run(wanted, tmp_path / "out", QUIET, on_ray("local", threads=1))
+    result = run(wanted, tmp_path / "out", QUIET, RayCluster("local", threads=1))
     (record,) = comparable(result)["records"]
     assert record == comparable(here)["records"][0]
     (failure,) = result.failures
