@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
+from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
 from safeopt.probe import SafetyProbe
@@ -40,7 +41,8 @@ def protect(
 
     Args:
         trainer: a Trainer, TRL's SFTTrainer or DPOTrainer, or another that derives from it. The
-            optimizer that it was given, or would create from its arguments, is protected.
+            optimizer that it was given, or would create from its arguments, is protected. Layers
+            of a 4-bit base are kept trainable, see `safeopt.integrations.bitsandbytes`.
         safety: JSON lines with harmful prompts (where a line has no response, the model's own
             refusal is taken), or a probe whose model is the trainer's.
         harmless: JSON lines with prompts that must not become refused; with a file only.
@@ -61,6 +63,7 @@ def protect(
 
     Cost: an answer of 32 tokens for each prompt that has no response; then as `ProjectedAdamW`.
     """
+    keep_trainable(trainer.model)  # type: ignore[arg-type]
     if _has_adapters(trainer.model):
         from safeopt.integrations.peft import check_adapters
 

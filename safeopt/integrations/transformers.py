@@ -26,7 +26,8 @@ class SafetyLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the safety figures to the log and to the Trainer's history."""
-        add_figures(state, logs, safety_figures(safety_of(unwrapped(kwargs["optimizer"]))))
+        if kwargs.get("optimizer") is not None:  # None: an evaluation before training
+            add_figures(state, logs, safety_figures(safety_of(unwrapped(kwargs["optimizer"]))))
 
 
 class SafetyCallback(SafetyLog):
