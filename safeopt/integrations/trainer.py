@@ -12,7 +12,7 @@ Two lines protect a script; `protect` finds the model, the tokenizer and the opt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
+from safeopt.losses import Batch
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
 from safeopt.probe import SafetyProbe
 from safeopt.safety_examples import read_safety_batches
@@ -179,6 +180,23 @@ def _probe(
             "processing_class=tokenizer, or give a SafetyProbe"
         )
     batches, held = read_safety_batches(model, tokenizer, safety, harmless)
+    return probe_of(model, batches, held, loss)
+
+
+def probe_of(
+    model: Any,
+    batches: Sequence[Batch],
+    held: Sequence[Batch] = (),
+    loss: Literal["nll", "kl"] = "nll",
+) -> SafetyProbe:
+    """The probe of a model that may have adapters; its reference is the model as it is now.
+
+    Args:
+        model: the model that is trained.
+        batches: see `SafetyProbe`.
+        held: see `SafetyProbe`.
+        loss: see `SafetyProbe`.
+    """
     if _has_adapters(model):
         from safeopt.integrations.peft import safety_probe
 

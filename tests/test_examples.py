@@ -1,0 +1,53 @@
+"""Every example runs from top to bottom, on its tiny model, and leaves what it promises."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from accelerate.state import AcceleratorState
+
+FOLDER = Path(__file__).parents[1] / "examples"
+WRITES = {
+    "accelerate_loop": "optimizer.bin",
+    "lightning_module": "last.ckpt",
+    "peft_loop": "optimizer.pt",
+    "qlora": "adapter_model.safetensors",
+    "trainer": "model.safetensors",
+    "trl_dpo": "adapter_model.safetensors",
+    "trl_sft": "adapter_model.safetensors",
+    "two_pass": "adapter_model.safetensors",
+    "watch": "checkpoint-4/adapter_model.safetensors",
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The environment of an example: its folder on the path, no arguments but --out."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("SAFEOPT_TINY", "1")
+    monkeypatch.delenv("SAFEOPT_MONITOR", raising=False)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "common", None)
+    del sys.modules["common"]
+    yield tmp_path / "out"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITES)
+def test_an_example_runs(name, tiny, monkeypatch):
+    path = FOLDER / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--out", str(tiny)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert (tiny / WRITES[name]).is_file()
+
+
+def test_the_list_of_examples_names_them_all():
+    listed = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}.py`" in listed for name in WRITES)
