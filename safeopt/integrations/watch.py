@@ -22,6 +22,7 @@ from safeopt.diagnostics import diagnose
 from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.monitor import MonitorCallback, monitor_figures
 from safeopt.integrations.trainer import probe_of
+from safeopt.integrations.transformers import add_figures
 from safeopt.probe import SafetyProbe
 from safeopt.safety_examples import read_safety_batches
 
@@ -102,11 +103,7 @@ class WatchCallback(MonitorCallback):
         **kwargs: Any,
     ) -> None:
         """Add the monitor's figures to the log and to the Trainer's history."""
-        figures = monitor_figures(self)
-        if logs is not None:
-            logs.update(figures)
-        if state.log_history:
-            state.log_history[-1].update(figures)
+        add_figures(state, logs, monitor_figures(self))
 
     def _check(self, state: TrainerState, control: TrainerControl, *, measure: bool) -> None:
         if self.monitor is not None:
