@@ -184,6 +184,20 @@ def overhead(
     measure(load_config(config), out, console, rounds)
 
 
+@app.command()
+def curvature(
+    out: Out,
+    tiny: Annotated[bool, typer.Option("--tiny", help="With a toy model.")] = False,
+) -> None:
+    """Compare the curvature engine with its public peers; what is there is not run again."""
+    from benchmarks.curvature.problem import SMALL, SMOLLM2
+    from benchmarks.curvature.report import report as write_report
+    from benchmarks.curvature.run import run as run_curvature
+
+    run_curvature(SMALL if tiny else SMOLLM2, out, console)
+    write_report(out, console)
+
+
 def main() -> None:
     """Run the command line; what the user can mend is told without a traceback."""
     be_quiet()

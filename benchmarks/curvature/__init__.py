@@ -1,0 +1,1 @@
+"""``python -m benchmarks curvature``: the curvature engine beside its public peers."""
