@@ -132,17 +132,6 @@ def test_reporters_get_the_figures(tmp_path):
     assert "monitor/alignment_loss" in run.state.log_history[-2]
 
 
-def test_tensorboard_writes_them(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    options = {"report_to": "tensorboard", "logging_dir": str(tmp_path / "runs")}
-    run, _, _ = watched(tmp_path, every=2, budget=9, trainer_options=options)
-    run.train()
-    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
-    assert any("monitor/alignment_predicted" in tag for tag in events.Tags()["scalars"])
-
-
 def test_a_resumed_run_keeps_the_reference(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 5}
     run, watch, _ = watched(tmp_path, (3,), every=1, action="rollback", trainer_options=saving)
