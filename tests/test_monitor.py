@@ -329,6 +329,18 @@ def test_warn_goes_on(caplog):
     assert "limit" in caplog.text
 
 
+def test_warnings_do_not_come_more_often_than_measurements_are_due():
+    model, *rest, monitor = watched("warn", every=3)
+    alarms = []
+    for step in range(1, 10):
+        go(model, *rest, step)
+        if step == 1:
+            spike(model)
+        if monitor.check(step, measure=step == 1).alarm:
+            alarms.append(step)
+    assert alarms == [1, 4, 7]
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_rollback_puts_everything_back_exactly(factor):
     model, optimizer, scheduler, monitor = watched("rollback", lr_factor=factor)

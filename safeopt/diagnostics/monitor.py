@@ -207,8 +207,10 @@ class SafetyMonitor:
         found = self._unmeasured(step)
         since = self._observation.steps - self._looked_at
         predicted, limit = found.alignment_predicted, self.reference + self.budget
-        calm = predicted is not None and predicted <= limit and since < self.every
-        if since == 0 or (calm and not measure):
+        foreseen = predicted is None or not predicted <= limit
+        known = not self._loss <= limit  # with "warn" a run goes on above its limit
+        due = since >= self.every or (foreseen and not known)
+        if since == 0 or not (due or measure):
             return found
         found = replace(found, alignment_loss=self._look())
         if self._loss <= limit:
