@@ -182,7 +182,9 @@ def repair(
     work = _Repair(
         params,
         probe,
-        _Task(model, task, task_examples, probe.micro_batch_size, seed) if task else None,
+        _Task(model, task, task_examples, max(1, probe.micro_batch_size // 4), seed)
+        if task  # task examples are longer than refusals: fewer of them in a pass
+        else None,
         ExampleRota(probe, trial_examples, seed),
         limit=finite(reference) + budget,
         examples=examples,
