@@ -1,0 +1,116 @@
+"""The onset law against closed forms, and its fit against curves whose law is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from quadratic import Quadratic, orthogonal, probe_of
+
+from safeopt.diagnostics import diagnose
+from safeopt.diagnostics.scaling_law import OnsetForecast, fit_onset
+
+STEPS = list(range(1, 41))
+
+
+def curve(rise, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return [0.1] + [0.1 + rise(n) * math.exp(noise * rng.standard_normal()) for n in STEPS]
+
+
+def fit(rise, noise=0.0, seed=0):
+    return fit_onset([0, *STEPS], curve(rise, noise, seed))
+
+
+def test_the_forecast_is_its_closed_form():
+    law = OnsetForecast(coupling=3.0, drift=0.0, learning_rate=0.01)
+    assert law.rise(50) == pytest.approx(3.0**2 * 0.5**4 / 8, rel=1e-12)
+    breach = law.forecast_breach(0.02).step
+    assert law.rise(breach) == pytest.approx(0.02, rel=1e-9)
+    drifting = OnsetForecast(3.0, 0.4, 0.01, (2.0, 4.0), (0.3, 0.5))
+    breach = drifting.forecast_breach(0.02)
+    assert drifting.rise(breach.step) == pytest.approx(0.02, rel=1e-9)
+    assert drifting.rise(0.9 * 2 * 0.4 / 3.0 / 0.01) == 0, "a drift away from the subspace first"
+    assert breach.interval[0] < breach.step < breach.interval[1]
+    assert OnsetForecast(0.0, 0.1, 0.01).forecast_breach(1.0).step == math.inf
+
+
+def test_a_system_that_starts_orthogonal_breaches_when_the_law_says():
+    axes = orthogonal(12)
+    hessian = 0.5 * (torch.outer(axes[0], axes[1]) + torch.outer(axes[1], axes[0]))
+    model = Quadratic(hessian, axes[1])
+    scale, values = 2.0, torch.tensor([3.0, 1.0], dtype=torch.float64)
+    rows = (scale * values).sqrt()[:, None] * axes[[0, 2]]
+    probe = probe_of(model, torch.cat([rows, -rows]))
+    result = diagnose(probe, [0, 0], task_loss=lambda m, _: m.task(), rank=2, resamples=5)
+    rate = 1e-3
+    law = OnsetForecast(result.figures.coupling, result.figures.drift, rate)
+
+    def rise(steps):
+        moved = model.flow(rate * steps)
+        return float(0.5 * (values * (axes[[0, 2]] @ moved) ** 2).sum())
+
+    times = np.geomspace(5, 200, 20)
+    fitted = fit_onset(times, [rise(t) for t in times], start=0.0)
+    assert fitted.exponent == pytest.approx(4.0, abs=0.1)
+    # γ²t⁴/8 with γ = √3·0.5: the mean gradient is orthogonal and turned by the coupling alone.
+    assert fitted.kappa == pytest.approx(0.75 * rate**4 / 8, rel=0.05)
+    budget = 1e-3
+    steps = np.arange(1, 2000)
+    true = steps[np.argmax([rise(n) >= budget for n in steps])]
+    assert law.forecast_breach(budget).step == pytest.approx(true, rel=0.05)
+    assert fitted.forecast_breach(budget).step == pytest.approx(true, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rise", "best", "exponent"),
+    [
+        (lambda n: 1e-6 * n**4, "quartic", 4.0),
+        (lambda n: 1e-4 * n**2, "quadratic", 2.0),
+        (lambda n: 1e-2 * n, "linear", 1.0),
+        (lambda n: 0.4 * (1 - math.exp(-n / 8)), "saturating", None),
+        (lambda n: 1e-4 * n**3, "power", 3.0),
+    ],
+)
+def test_the_criteria_name_the_law_that_made_the_curve(rise, best, exponent):
+    fitted = fit(rise, noise=0.05)
+    assert fitted.best == best
+    assert min(fitted.models, key=lambda name: fitted.models[name].akaike) in (best, "power")
+    if exponent is not None:
+        low, high = fitted.exponent_interval
+        assert low < exponent < high
+        assert high - low < 0.3
+        assert fitted.r_squared > 0.95
+    assert fitted.models["saturating"].breach(1e9) == math.inf
+
+
+def test_the_breach_interval_covers_a_repeated_run():
+    def rise(n):
+        return 1e-6 * n**4
+
+    hits = 0
+    for seed in range(20):
+        breach = fit(rise, noise=0.1, seed=seed).forecast_breach(rise(60))
+        hits += breach.interval[0] <= 60 <= breach.interval[1]
+        assert breach.step == pytest.approx(60, rel=0.1)
+    assert hits >= 16
+
+
+def test_points_that_did_not_rise_are_counted_and_too_few_are_refused():
+    losses = curve(lambda n: 1e-6 * n**4)
+    losses[3] = 0.05
+    assert fit_onset([0, *STEPS], losses).dropped == 1
+    with pytest.raises(ValueError, match="only 0 of 40 measurements lie above"):
+        fit_onset([0, *STEPS], [0.1] * 41)
+    with pytest.raises(ValueError, match="start: no measurement at step 0"):
+        fit_onset(STEPS, losses[1:])
+    with pytest.raises(ValueError, match="41 values for 40 steps"):
+        fit_onset(STEPS, losses)
+    with pytest.raises(ValueError, match="budget=0"):
+        fit_onset([0, *STEPS], losses).forecast_breach(0)
+    with pytest.raises(ValueError, match='model="cubic"'):
+        fit_onset([0, *STEPS], losses).forecast_breach(1.0, "cubic")
+    with pytest.raises(ValueError, match="learning_rate=0"):
+        OnsetForecast(1.0, 0.0, 0.0)
