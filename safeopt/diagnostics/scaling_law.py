@@ -318,4 +318,6 @@ def _curve(
 
 def _check_budget(budget: float) -> None:
     if not 0 < budget < math.inf:
-        raise ValueError(f"budget={budget}: expected a positive rise of the alignment loss, in nats")
+        raise ValueError(
+            f"budget={budget}: expected a positive rise of the alignment loss, in nats"
+        )
