@@ -149,6 +149,17 @@ def submit(
 
 
 @app.command()
+def ranking(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of results, one a task.")],
+    out: Out,
+) -> None:
+    """Compare the losses of finished runs with what `safeopt.diagnose` foretells for them."""
+    from benchmarks.ranking import ranking as compare
+
+    compare(folders, out, console)
+
+
+@app.command()
 def align(
     out: Out,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,

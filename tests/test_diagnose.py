@@ -9,7 +9,8 @@ import torch
 from quadratic import Quadratic, orthogonal, probe_of
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 
-from safeopt import SafetyProbe
+from safeopt import RefreshPolicy, SafetyProbe, refusal_nll, safeguard
+from safeopt.curvature.operators import HessianOperator
 from safeopt.diagnostics import diagnose
 from safeopt.diagnostics.conditions import bias_corrected, random_coupling
 from safeopt.diagnostics.spectrum import Spectrum
@@ -197,3 +198,23 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
         low, high = bias_corrected(sample[draws].mean(1), float(sample.mean()), 0.95)
         hits += low <= 0 <= high
     assert 180 <= hits <= 199
+
+
+def test_coupling_from_differences_of_coordinates_is_that_of_a_hessian_vector_product():
+    """What the optimizers log for free equals the explicit product on a small transformer."""
+    model = tiny_llama(dtype=torch.float64)
+    params, task, rate = trainable(model), safety_batch(seed=7), 1e-3
+    probe = SafetyProbe(model, [safety_batch()])
+    optimizer = safeguard(
+        torch.optim.SGD(params, lr=rate), probe, mode="none", rank=3, trial_examples=1,
+        refresh=RefreshPolicy.fixed(10**6),
+    )  # fmt: skip
+    bending = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        refusal_nll(model, task).mean().backward()
+        bending.append(HessianOperator(model, [task], "nll").matvec([p.grad for p in params]))
+        optimizer.step()
+    subspace = optimizer.safety.subspace
+    explicit = subspace.eigenvalues.sqrt() * subspace.basis.coordinates(bending[0])
+    assert optimizer.safety.coupling == pytest.approx(float(explicit.norm()), rel=0.05)

@@ -7,6 +7,7 @@ import typer
 from safeopt.cli.diagnose import diagnose
 from safeopt.cli.finetune import finetune
 from safeopt.cli.plan import plan
+from safeopt.cli.profile import profile
 from safeopt.cli.repair import repair
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(diagnose)
+app.command()(profile)
 app.command()(plan)
 app.command()(repair)
 

@@ -144,7 +144,7 @@ def diagnose(
             safety gradients vanish, so that there is no curvature to look at.
 
     Cost: one forward and one backward pass over the safety examples; for each task batch one
-    gradient and two Hessian-vector products on a shared graph. No basis is formed. Memory: see
+    gradient and one Hessian-vector product. No basis is formed. Memory: see
     `safeopt.diagnostics.measure`.
     """
     if isinstance(task, (str, bytes)) or len(task) < 2:

@@ -51,7 +51,7 @@ def layer_shares(evidence: Evidence, rank: int) -> list[LayerShare]:
         members.setdefault(module_name(name), []).append(index)
     shares = []
     for name, indices in members.items():
-        block, kind = _place(name)
+        block, kind = place(name)
         shares.append(
             LayerShare(
                 name=name,
@@ -86,6 +86,7 @@ def module_name(parameter: str) -> str:
     return _WRAPPING.sub("", parameter) or parameter
 
 
-def _place(name: str) -> tuple[int | None, str]:
+def place(name: str) -> tuple[int | None, str]:
+    """Number of the transformer block in which a module stands, and its name there."""
     found = _BLOCK.search(name)
     return (int(found[1]), found[2]) if found else (None, name)

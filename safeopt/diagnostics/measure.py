@@ -8,7 +8,7 @@ vectors v, so that neither the basis U nor a projected vector is ever formed:
 |---|---|
 | one forward and one backward pass over the safety examples | G, for each parameter GGᵀ |
 | the same over each task batch | g_b, and Adam's first update u_b = g_b/(abs(g_b) + 1e-8) |
-| one block of two Hessian-vector products for each batch | H_b ḡ and H_b ū, ū Adam's update for ḡ |
+| one Hessian-vector product with each batch | H_b ḡ |
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class Evidence:
         update_norms: ‖u_b‖, shape ``(B,)``.
         bending: G·H_b ḡ, shape ``(m, B)``.
         bending_norm: ‖Hḡ‖.
-        update_bending: G·H_b ū, shape ``(m, B)``.
         products: the backend of the Hessian-vector products.
         passes: forward and backward passes made, by kind.
     """
@@ -73,7 +72,6 @@ class Evidence:
     update_norms: Tensor
     bending: Tensor
     bending_norm: float
-    update_bending: Tensor
     products: str
     passes: dict[str, int] = field(default_factory=dict)
 
@@ -149,21 +147,18 @@ def measure(
         sum((float(w) * g for w, g in zip(shares, parts, strict=True)), torch.zeros_like(parts[0]))
         for parts in zip(*gradients, strict=True)
     ]
-    both = [torch.stack(pair) for pair in zip(mean, first_adam_update(mean), strict=True)]
-    bent, bent_updates, kind = [], [], None
+    bent, kind = [], None
     total_bending = [torch.zeros_like(part) for part in mean]
     for index, batch in enumerate(task):
         listener("Hessian-vector products", 1 + len(task) + index, total)
         operator = HessianOperator(
-            probe.model, [batch], task_loss, params=params, products=kind or "auto", keep=1
+            probe.model, [batch], task_loss, params=params, products=kind or "auto"
         )
         kind = operator.chosen_products()
-        with operator.retained():
-            products = operator.matmat(both)
-        for sum_of, part in zip(total_bending, products, strict=True):
-            sum_of += float(shares[index]) * part[0]
-        bent.append(along(rows, [part[0] for part in products]))
-        bent_updates.append(along(rows, [part[1] for part in products]))
+        product = operator.matvec(mean)
+        for sum_of, part in zip(total_bending, product, strict=True):
+            sum_of += float(shares[index]) * part
+        bent.append(along(rows, product))
         counts = operator.counts
         passes["task_forward"] += counts.forward
         passes["task_backward"] += counts.backward + counts.double_backward
@@ -184,7 +179,6 @@ def measure(
         update_norms=torch.tensor(update_norms, dtype=torch.float64),
         bending=torch.stack(bent, dim=1),
         bending_norm=_norm(total_bending),
-        update_bending=torch.stack(bent_updates, dim=1),
         products=str(kind),
         passes=passes,
     )

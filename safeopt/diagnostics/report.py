@@ -3,28 +3,109 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safeopt.diagnostics.diagnosis import Diagnosis
+from jinja2 import Environment, PackageLoader, select_autoescape
 
-DATA = "aic.json"
+from safeopt.diagnostics.diagnosis import Diagnosis
+from safeopt.diagnostics.plots import data_uri, layer_plot, spectrum_plot
+
+DATA, PAGE = "aic.json", "report.html"
+
+_TONES = {"not shown": "good", "unclear": "warn"}
+_TITLES = {
+    "tail": "share of the curvature outside the top k directions",
+    "effective_rank": "effective rank (Σλ)²/Σλ²",
+    "top": "top eigenvalue λ₁",
+    "lowest": "k-th eigenvalue λ_k",
+    "overlap": "‖Pg‖/‖g‖ of the task's gradient",
+    "update_overlap": "‖Pu‖/‖u‖ of Adam's first update",
+    "drift": "ε = ‖F^½ P g‖",
+    "coupling": "γ = ‖F^½ P H g‖",
+}
+_CONDITIONS = {
+    "low_rank_sensitivity": (
+        "Low-rank sensitivity",
+        "at most",
+        "Share of the safety curvature outside the top k directions. Small: alignment hangs on few "
+        "directions of parameter space.",
+    ),
+    "initial_orthogonality": (
+        "Initial orthogonality",
+        "at most",
+        "Part of the task's gradient inside the safety subspace. Small: the first steps seem "
+        "harmless.",
+    ),
+    "curvature_coupling": (
+        "Curvature coupling",
+        "more than",
+        "How strongly the task's curvature turns the trajectory into the subspace. The threshold "
+        "is what 99% of random directions of that length reach.",
+    ),
+}
 
 
 def write_report(result: Diagnosis, folder: Path, config: dict[str, Any]) -> Path:
-    """Write ``aic.json`` into a folder, which is made if need be.
+    """Write ``aic.json`` and ``report.html`` into a folder, which is made if need be.
 
     Args:
         result: the diagnosis.
         folder: where to write.
-        config: what was diagnosed, kept in the file as it is.
+        config: what was diagnosed, kept in the file as it is; ``model`` and ``train`` are named on
+            the page.
 
     Returns:
-        The path of the file.
+        The path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / DATA
+    data = {"config": config, **result.as_json()}
+    write_whole(folder / DATA, json.dumps(data, indent=1) + "\n")
+    return write_whole(folder / PAGE, page(result, config))
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file in one step: a reader sees the old file or the new one, never a part."""
     working = path.with_name(path.name + ".partial")
-    text = json.dumps({"config": config, **result.as_json()}, indent=1)
-    working.write_text(text + "\n", encoding="utf-8")
+    working.write_text(text, encoding="utf-8")
     return working.replace(path)
+
+
+def page(result: Diagnosis, config: dict[str, Any]) -> str:
+    """The HTML page, plots included."""
+    environment = Environment(
+        loader=PackageLoader("safeopt.diagnostics"),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    layers = [asdict(layer) for layer in result.layers]
+    conditions = []
+    for condition in result.conditions:
+        title, side, meaning = _CONDITIONS[condition.name]
+        conditions.append({**asdict(condition), "title": title, "side": side, "meaning": meaning})
+    evidence = result.evidence
+    return environment.get_template("report.html.j2").render(
+        config=config,
+        verdict=result.verdict,
+        tone=_TONES.get(result.verdict.risk, "bad"),
+        conditions=conditions,
+        figures=asdict(result.figures),
+        intervals=result.intervals,
+        titles=_TITLES,
+        angle=result.angle,
+        update_angle=result.update_angle,
+        layers=sorted(layers, key=lambda layer: -layer["curvature"]),
+        plots={
+            "spectrum": data_uri(spectrum_plot(result.eigenvalues, result.rank)),
+            "layers": data_uri(layer_plot(layers)),
+        },
+        examples=len(evidence.safety_losses),
+        alignment_loss=float(evidence.safety_losses.mean()),
+        batches=len(evidence.task_losses),
+        task_loss=float(evidence.weights @ evidence.task_losses),
+        parameters=evidence.size,
+        rank=result.rank,
+        products=evidence.products,
+    )

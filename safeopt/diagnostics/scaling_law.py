@@ -30,7 +30,7 @@ AIC, as is the Alignment Instability Condition; here it is called ``akaike``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,7 +256,7 @@ def fit_onset(
     x, y = np.log(t[risen]), np.log(loss[risen] - start)
     models = _fits(x, y)
     rng = np.random.default_rng(seed)
-    resampled = []
+    resampled: list[Mapping[str, CurveFit]] = []
     while len(resampled) < resamples:
         chosen = rng.integers(len(x), size=len(x))
         if len(np.unique(x[chosen])) >= 3:
@@ -281,14 +281,14 @@ def _fits(x: Array, y: Array) -> dict[str, CurveFit]:
     exponent = float(np.cov(x, y, bias=True)[0, 1] / np.var(x))
     fixed = {"power": exponent, "quartic": 4.0, "quadratic": 2.0, "linear": 1.0}
     fits = {
-        name: _curve(name, y, lambda p=p: p * x, {"exponent": p}, "kappa", 1 + (name == "power"))
+        name: _curve(name, y, p * x, {"exponent": p}, "kappa", 1 + (name == "power"))
         for name, p in fixed.items()
     }
     times = np.exp(np.linspace(x.min() - 3, x.max() + 4, 400))
     shapes = np.log(-np.expm1(-np.exp(x) / times[:, None]))
     best = int(np.var(y - shapes, axis=1).argmin())
     fits["saturating"] = _curve(
-        "saturating", y, lambda: shapes[best], {"time": float(times[best])}, "plateau", 2
+        "saturating", y, shapes[best], {"time": float(times[best])}, "plateau", 2
     )
     return fits
 
@@ -296,13 +296,13 @@ def _fits(x: Array, y: Array) -> dict[str, CurveFit]:
 def _curve(
     name: str,
     y: Array,
-    shape: Callable[[], Array],
+    shape: Array,
     parameters: dict[str, float],
     scale: str,
     free: int,
 ) -> CurveFit:
     """Scale a shape, given by its logarithms, to the points; count one more free number, σ."""
-    residual = y - shape()
+    residual = y - shape
     level = float(residual.mean())
     count, total = len(y), float(((y - y.mean()) ** 2).sum())
     error = float(((residual - level) ** 2).sum())

@@ -1,0 +1,84 @@
+"""The curvature profile as a section of a Hugging Face model card."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_BEGIN, _END = "<!-- safeopt profile -->", "<!-- end of safeopt profile -->"
+_SECTION = re.compile(re.escape(_BEGIN) + r".*?" + re.escape(_END), re.DOTALL)
+
+
+def section(profile: dict[str, Any]) -> str:
+    """The profile as Markdown, with the marks by which it is found again."""
+    run, loss = profile["run"], profile["alignment_loss"]
+    before, after, overlap = profile["before"], profile["after"], profile["overlap"]
+    task = run["task_loss"]
+    rows = [
+        ("alignment loss (nats a refusal token)", f"{loss['before']:.4f}", f"{loss['after']:.4f}"),
+        ("task loss (first and last batch)", *(f"{x:.3f}" for x in task or ())),
+        ("top eigenvalue of the safety curvature", *_pair(before, after, "eigenvalues")),
+        (f"curvature outside the top {before['rank']}", *_pair(before, after, "tail")),
+        ("effective rank", *_pair(before, after, "effective_rank")),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows if len(row) == 3)
+    what = "all parameters" if run["full"] else "a LoRA adapter"
+    lines = [
+        _BEGIN,
+        "## Safety curvature",
+        "",
+        f"Fine-tuned with `{run['optimizer']}` for {run['steps']} steps ({what}), and profiled by "
+        f"`safeopt profile` on {loss['examples']} safety examples.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        table,
+        "",
+        f"{overlap['share']:.2%} of the weights' change lies in the safety subspace of each weight "
+        f"(k={overlap['rank']}); a random change of the same singular values would have "
+        f"{overlap['share_matched']:.2%}, a random direction {overlap['share_random']:.2%}.",
+    ]
+    if overlap["energy_kept"] is not None:
+        lines.append(
+            f"Against the {overlap['alignment_update']}: energy kept "
+            f"{overlap['energy_kept']:.2%}, mode overlap {overlap['mode_overlap']:.2%}, by chance "
+            f"{overlap['modes_random']:.2%} (r={overlap['modes']}; arXiv 2505.14185)."
+        )
+    if profile["onset"] is not None:
+        onset = profile["onset"]
+        low, high = onset["exponent_interval"]
+        lines.append(
+            f"Onset of the measured rise: exponent {onset['exponent']:.2f} "
+            f"({low:.2f} to {high:.2f}); best model: {onset['best']}."
+        )
+    lines += ["", "The curvature is the empirical Fisher matrix; see arXiv 2602.15799.", _END]
+    return "\n".join(lines)
+
+
+def update_card(path: Path, profile: dict[str, Any]) -> Path:
+    """Put the section into a model card, in the place of an earlier one; the rest stays.
+
+    Args:
+        path: the card, ``README.md`` in a model's folder; made if it is not there.
+        profile: the profile.
+
+    Returns:
+        The path.
+    """
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(path) if path.is_file() else ModelCard("---\nlibrary_name: peft\n---\n")
+    text, new = card.text, section(profile)
+    if _SECTION.search(text):
+        text = _SECTION.sub(lambda _: new, text, count=1)
+    else:
+        text = f"{text.rstrip()}\n\n{new}\n" if text.strip() else f"{new}\n"
+    card.text = text
+    card.save(path)
+    return path
+
+
+def _pair(before: dict[str, Any], after: dict[str, Any], key: str) -> tuple[str, str]:
+    values = [x[key][0] if isinstance(x[key], list) else x[key] for x in (before, after)]
+    return f"{values[0]:.3g}", f"{values[1]:.3g}"

@@ -1,0 +1,76 @@
+"""A finished run of `safeopt finetune`, loaded again: the model before and after."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeopt.data import read_examples
+from safeopt.diagnostics.profile import Change, adapter_change, full_change
+from safeopt.finetuning.prepare import REPORT
+from safeopt.models import load_causal_lm
+from safeopt.safety_examples import as_batches, with_refusals
+
+
+@dataclass
+class Finished:
+    """What `load_finished` found.
+
+    Attributes:
+        report: what ``run.json`` holds.
+        folder: of the adapter or the model.
+        change: the model before and after.
+        batches: safety examples, with the aligned model's refusals.
+    """
+
+    report: dict[str, Any]
+    folder: Path
+    change: Change
+    batches: list[dict[str, torch.Tensor]]
+
+
+def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
+    """Load a run.
+
+    Args:
+        run: the folder that `safeopt finetune` has written.
+        safety: JSON lines with harmful prompts; None takes the run's own.
+        examples: how many of them to use, at most; drawn by the run's seed.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run, or a file is missing.
+        ValueError: if the safety prompts are not refused by the aligned model.
+    """
+    path = run / REPORT
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run={run}: there is no {REPORT}; expected a folder that `safeopt finetune` wrote"
+        )
+    report = json.loads(path.read_text(encoding="utf-8"))
+    config = report["config"]
+    folder = run / ("model" if config["full"] else "adapter")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run={run}: the run did not finish; continue it with --resume")
+    source = safety or Path(config["safety"])
+    prompts = read_examples(source, need_response=False)
+    if examples < len(prompts):
+        prompts = random.Random(config["seed"]).sample(prompts, examples)
+    model, tokenizer = load_causal_lm(config["model"])
+    if config["chat_template"] is not None:
+        tokenizer.chat_template = Path(config["chat_template"]).read_text(encoding="utf-8")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batches = as_batches(
+        tokenizer, with_refusals(model.to(device), tokenizer, prompts, str(source))
+    )
+    if config["full"]:
+        change = full_change(model, load_causal_lm(str(folder))[0].to(device))
+    else:
+        from peft import PeftModel
+
+        change = adapter_change(PeftModel.from_pretrained(model, str(folder)))
+    return Finished(report, folder, change, batches)

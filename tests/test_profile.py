@@ -1,0 +1,126 @@
+"""The curvature profile: overlap against dense linear algebra, the card, and the command."""
+
+# ruff: noqa: F401, F811
+from __future__ import annotations
+
+import json
+from importlib.resources import files as package_files
+
+import jsonschema
+import pytest
+import torch
+from test_finetune import arguments, config, files  # the fixture `files` is shared
+from tiny_models import randomise, safety_batch, tiny_llama, with_lora
+from typer.testing import CliRunner
+
+from safeopt import SafetyProbe
+from safeopt.cli import app
+from safeopt.diagnostics.model_card import section, update_card
+from safeopt.diagnostics.overlap import overlap_scores
+from safeopt.diagnostics.profile import adapter_change, curvature_profile, full_change
+
+SCHEMA = json.loads(
+    (package_files("safeopt.diagnostics") / "schemas/profile-1.schema.json").read_text()
+)
+RUN = {
+    "config": {"model": "m", "optimizer": "adamw", "learning_rate": 1e-3, "full": False},
+    "steps": 8,
+    "log": [{"step": 1, "loss": 2.0}, {"step": 8, "loss": 1.5}],
+    "measurements": [
+        {"step": step, "alignment_loss": 0.1 + 1e-4 * step**4, "predicted": None}
+        for step in (0, 2, 4, 8)
+    ],
+}
+
+
+def test_overlap_is_that_of_dense_projectors():
+    model = tiny_llama(dtype=torch.float64)
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    weights = [dict(model.named_parameters())[name] for name in names]
+    probe = SafetyProbe(model, [safety_batch()])
+    _, rows = probe.factored(weights)
+    torch.manual_seed(1)
+    changes = [torch.randn_like(w) for w in weights]
+    scores = overlap_scores(rows, names, changes, rank=2, modes=3)
+    for score, dense, change in zip(scores, probe.per_example(weights).rows, changes, strict=True):
+        flat = dense.flatten(1)
+        u = torch.linalg.svd(flat, full_matrices=False)[2][:2]
+        inside = (u @ change.flatten()).square().sum() / change.square().sum()
+        assert score.share == pytest.approx(float(inside), rel=1e-8)
+        left = torch.linalg.svd(dense.mean(0))[0][:, :3]
+        kept = (left.T @ change).square().sum() / change.square().sum()
+        assert score.energy_kept == pytest.approx(float(kept), rel=1e-8)
+        own = torch.linalg.svd(change)[0][:, :3]
+        assert score.mode_overlap == pytest.approx(
+            float((left.T @ own).square().sum() / 3), rel=1e-8
+        )
+        assert score.share_random == 2 / change.numel()
+        assert score.modes_random == 3 / len(change)
+    inside = [rows.block(i).mean(0) for i in range(2)]
+    for score in overlap_scores(rows, names, inside, rank=4, modes=3):
+        assert score.share > 0.5 > score.share_matched
+        assert score.energy_kept == pytest.approx(1, abs=0.2)
+    with pytest.raises(ValueError, match="changes: 1 changes for 2 weights"):
+        overlap_scores(rows, names, changes[:1])
+    with pytest.raises(ValueError, match="modes=0"):
+        overlap_scores(rows, names, changes, modes=0)
+
+
+def test_the_profile_of_adapters_and_of_all_parameters_fits_the_schema():
+    adapted = with_lora(tiny_llama())
+    change = adapter_change(adapted)
+    profile = curvature_profile(change, [safety_batch()], RUN)
+    jsonschema.validate(profile, SCHEMA)
+    assert profile["onset"]["exponent"] == pytest.approx(4, abs=1e-6)
+    assert profile["alignment_loss"]["before"] != profile["alignment_loss"]["after"]
+    assert sum(layer["share"] for layer in profile["before"]["layers"]) == pytest.approx(1)
+    assert {score["name"].rsplit(".", 1)[1] for score in profile["overlap"]["layers"]} == {
+        "q_proj", "v_proj",
+    }  # fmt: skip
+    before, after = tiny_llama(bias=True), tiny_llama(bias=True)
+    randomise(after.parameters())
+    profile = curvature_profile(full_change(before, after), [safety_batch()], RUN)
+    jsonschema.validate(profile, SCHEMA)
+    with pytest.raises(ValueError, match="no LoRA layer"):
+        adapter_change(tiny_llama())
+    with pytest.raises(ValueError, match="not those of the model"):
+        full_change(before, tiny_llama())
+
+
+def test_the_card_has_one_section_however_often_it_is_written(tmp_path):
+    profile = curvature_profile(adapter_change(with_lora(tiny_llama())), [safety_batch()], RUN)
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n# Mine\n\nHand-written.\n", encoding="utf-8")
+    update_card(card, profile)
+    once = card.read_text(encoding="utf-8")
+    update_card(card, profile)
+    assert card.read_text(encoding="utf-8") == once
+    assert once.startswith("---\nlicense: mit\n---\n# Mine\n\nHand-written.\n\n")
+    assert once.count("## Safety curvature") == 1
+    assert section(profile) in once
+    fresh = update_card(tmp_path / "new.md", profile).read_text(encoding="utf-8")
+    assert fresh.count("## Safety curvature") == 1
+
+
+def test_a_run_is_profiled_from_its_folder(files, tmp_path):
+    out = tmp_path / "run"
+    CliRunner().invoke(app, arguments(files, out), catch_exceptions=False)
+    done = CliRunner().invoke(app, ["profile", "--run", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    profile = json.loads((out / "profile" / "profile.json").read_text())
+    jsonschema.validate(profile, SCHEMA)
+    report = json.loads((out / "run.json").read_text())
+    assert profile["alignment_loss"]["before"] == pytest.approx(
+        report["alignment_loss"]["start"], rel=1e-4
+    )
+    assert profile["alignment_loss"]["after"] == pytest.approx(
+        report["alignment_loss"]["end"], rel=1e-4
+    )
+    names = {path.name for path in (out / "profile").iterdir()}
+    assert names == {
+        "profile.json", "profile.md", "spectrum.png", "layers.png", "task.png", "alignment.png",
+    }  # fmt: skip
+    assert "## Safety curvature" in (out / "adapter" / "README.md").read_text(encoding="utf-8")
+    wrong = CliRunner().invoke(app, ["profile", "--run", str(files)])
+    assert wrong.exit_code == 2
+    assert "there is no run.json" in wrong.output.replace("\n", "")
