@@ -166,7 +166,7 @@ class Layout:
         if self._size == 1:
             return values
         found = values.new_empty((self._size * len(values), *values.shape[1:]))
-        dist.all_gather_into_tensor(found, values.contiguous(), group=self._group)
+        dist.all_gather(list(found.split(len(values))), values.contiguous(), group=self._group)
         return found[:count]
 
 
@@ -200,9 +200,9 @@ def refuse_unsupported(model: nn.Module) -> None:
 
 
 DEEPSPEED = (
-    "DeepSpeed flattens parameters and takes its steps on partitions of them (ZeRO), which cannot "
-    "be protected; shard with torch.distributed.fsdp.fully_shard (FSDP2; with Accelerate "
-    "fsdp_version: 2), or train with DistributedDataParallel"
+    "DeepSpeed ZeRO flattens parameters and takes its steps on partitions of them, which cannot be "
+    "protected; shard with torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in "
+    "Accelerate), or train with DistributedDataParallel"
 )
 
 

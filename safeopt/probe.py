@@ -7,6 +7,7 @@ random state, train/eval mode and hooks are as before, also when something raise
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from safeopt.distributed import Layout, is_sharded, local, reshard, sharded_gradients, undivided
+from safeopt.distributed import (
+    DEEPSPEED,
+    Layout,
+    is_sharded,
+    local,
+    reshard,
+    sharded_gradients,
+    undivided,
+)
 from safeopt.factored import FactoredRows
 from safeopt.factored_gradients import factored_gradients, in_order
 from safeopt.isolation import untouched
@@ -311,6 +320,7 @@ class SafetyProbe:
             raise ValueError(
                 f"params: {foreign} of {len(params)} protected parameters do not belong to the "
                 "probe's model; give the probe the model that is trained"
+                + (f". {DEEPSPEED}" if "deepspeed" in sys.modules else "")
             )
         return Layout.of(params, self._group)
 

@@ -15,7 +15,12 @@ import torch.distributed as dist
 # One server imports the libraries; every process is forked from it, before any thread has started.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers", "safeopt"]
+    [
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "transformers.models.llama.modeling_llama",
+        "safeopt",
+    ]
 )
 
 
