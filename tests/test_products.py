@@ -10,6 +10,9 @@ from torch import nn
 
 from safeopt.curvature.differences import Differences
 from safeopt.curvature.operators import FisherOperator, GGNOperator, HessianOperator
+from safeopt.curvature.operators.base import ProductCounter
+from safeopt.curvature.products import Site, choose
+from safeopt.isolation import untouched
 
 KINDS = ("double", "forward", "finite")
 OPERATORS = {"hessian": HessianOperator, "ggn": GGNOperator}
@@ -341,3 +344,53 @@ def test_equal_calls_give_equal_results():
     for kind in KINDS:
         model = tiny_llama()
         assert torch.equal(product(model, "hessian", kind)[0], product(model, "hessian", kind)[0])
+
+
+@pytest.mark.parametrize(
+    ("finite", "forward", "expected"),
+    [
+        (1.001, 1.0, "double"),  # they agree
+        (1.05, 1.0, "double"),  # differences are imprecise, and the exact backends agree
+        (1.05, 0.97, "finite"),  # the exact backends do not
+        (1.05, None, "finite"),  # or there is but one
+        (1.5, 1.0, "finite"),  # something is missing
+    ],
+)
+def test_exact_backends_that_agree_are_believed_where_differences_are_imprecise(
+    finite, forward, expected
+):
+    layer = nn.Linear(3, 2, bias=False)
+    site = Site(layer, ["weight"], [layer.weight], ProductCounter())
+    factors = {"finite": finite, "double": 1.0, "forward": forward}
+
+    def build(kind):
+        def scaled(vector):
+            if factors[kind] is None:
+                raise RuntimeError("no rule")
+            return [factors[kind] * x for x in vector]
+
+        return scaled
+
+    assert choose("auto", site, build) == expected
+
+
+class FourBit(nn.Linear):
+    """As bitsandbytes' layer on some CPUs: evaluation mode rewrites its weight."""
+
+    support_avx512bf16_for_cpu = True
+
+    def forward(self, x):
+        if not self.training:
+            self.weight.data = self.weight.data.bfloat16().float()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_rewrite_weights_in_evaluation_mode_do_not_see_it(training):
+    model = nn.Sequential(FourBit(4, 4), nn.Dropout(0.5)).train(training)
+    before = model[0].weight.detach().clone()
+    x = torch.randn(3, 4)
+    with untouched(model):
+        torch.testing.assert_close(model(x), x @ before.T + model[0].bias)  # without dropout
+    assert torch.equal(model[0].weight, before)
+    assert [m.training for m in model.modules()] == [training] * 3
