@@ -41,7 +41,6 @@ from benchmarks.records import FILE
 PARTS = "parts"
 OPERATORS: tuple[Operator, ...] = ("hessian", "ggn")
 Listener = Callable[[int], None]
-Measured = tuple[BaseModel | list[Any] | None, dict[str, Any]]
 
 
 class Part(BaseModel):
