@@ -52,6 +52,7 @@ def trainer(tmp_path, optimizer=None, callbacks=(), **options):
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "label_names": ["labels"],  # older versions do not find them behind PEFT
     }
     return Trainer(
         model=model,

@@ -48,6 +48,7 @@ def build(folder, cls=SafetyTrainer, *, model=None, callbacks=(), protected=None
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "label_names": ["labels"],  # older versions do not find them behind PEFT
     }
     return cls(
         model=with_lora(tiny_llama()) if model is None else model,
@@ -89,7 +90,7 @@ def test_protect_reads_files_and_keeps_trainers_optimizer(files):
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0]
     assert len(safety_of(optimizer).probe) == len(HARMFUL)
-    assert safety_of(optimizer).held_count == len(HARMLESS)
+    assert safety_of(optimizer).probe.held_count == len(HARMLESS)
     assert callback.last.step == 4
     assert "alignment_loss" in trainer.state.log_history[0]
     assert optimizer.param_groups[0]["lr"] < 1e-2, "the scheduler acts on the same optimizer"
@@ -330,6 +331,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )
+    saving.model.enable_input_require_grads()  # newer versions of Trainer do it themselves
     saving.train()
     for left, right in zip(weights(plain), weights(saving), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)

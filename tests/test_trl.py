@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from safeopt import RefreshPolicy, SafetyProbe
 from safeopt.data import safety_batches
+from safeopt.integrations import versions
 from safeopt.integrations.trainer import SafetyTrainerMixin, protect
 from safeopt.integrations.transformers import safety_of, unwrapped
 
@@ -102,3 +103,10 @@ def position(optimizer):
     optimizer = unwrapped(optimizer)
     subspace = safety_of(optimizer).subspace
     return subspace.coordinates([p for g in optimizer.param_groups for p in g["params"]])
+
+
+def test_an_old_trl_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    trainer = build(tmp_path, "SFT")
+    monkeypatch.setattr(versions, "version", lambda name: "0.9.6")
+    with pytest.raises(ImportError, match=r"trl 0\.9\.6 is too old .* needs 0\.16 or newer"):
+        protect(trainer, SafetyProbe(trainer.model, [safety_batch()]))

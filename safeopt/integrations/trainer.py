@@ -19,6 +19,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from safeopt.integrations.versions import require
+
+require("transformers", "accelerate")
+
 from transformers import Trainer, TrainingArguments
 
 from safeopt.integrations.bitsandbytes import keep_trainable
@@ -57,6 +62,7 @@ def protect(
 
     Raises:
         FileNotFoundError: if a file is missing.
+        ImportError: if the version of TRL or bitsandbytes is too old.
         TypeError: if ``mode="two_pass"`` is asked of a trainer without `SafetyTrainerMixin`, an
             option is unknown, or the model has adapters that cannot be protected.
         ValueError: if a file is malformed, there is nothing to protect, or ``optimizer`` is given
@@ -64,7 +70,10 @@ def protect(
 
     Cost: an answer of 32 tokens for each prompt that has no response; then as `ProjectedAdamW`.
     """
-    keep_trainable(trainer.model)  # type: ignore[arg-type]
+    if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+        require("trl")
+    if keep_trainable(trainer.model):  # type: ignore[arg-type]
+        require("bitsandbytes")
     if _has_adapters(trainer.model):
         from safeopt.integrations.peft import check_adapters
 

@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from safeopt.integrations.versions import require
+
+require("transformers", "accelerate")
+
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from safeopt.diagnostics import diagnose
