@@ -41,6 +41,8 @@ def run(
     console: Console,
     executor: Executor | None = None,
     threads: int | None = None,
+    *,
+    methods_may_change: bool = False,
 ) -> Result:
     """Do the runs that are not yet in ``out/result.json``, and add each when it is finished.
 
@@ -52,11 +54,15 @@ def run(
             this process, and a crash ends the whole; elsewhere it ends that run only and is
             recorded in the result's ``failures``.
         threads: processor threads of a run where the config does not say.
+        methods_may_change: continue a result whose config has other methods; the records of those
+            that are still there, with the same settings, are kept.
 
     Raises:
         ConfigError: if ``out`` holds the result of another config.
     """
     result = read_result(out)
+    if result is not None and methods_may_change:
+        _keep_methods(result, config)
     if result is not None and result.config != config.as_json():
         raise ConfigError(
             f"{out}: holds the result of another config; choose another --out, or remove the folder"
@@ -102,6 +108,17 @@ def run(
     _in_order(result, config)
     write_result(result, out)
     return result
+
+
+def _keep_methods(result: Result, config: RunConfig) -> None:
+    """Give a result the methods of another config, which is else the same."""
+    wanted = config.as_json()
+    if {**result.config, "methods": None} != {**wanted, "methods": None}:
+        return
+    same = [entry for entry in result.config["methods"] if entry in wanted["methods"]]
+    keys = {entry["label"] or entry["name"] for entry in same}
+    result.records = [record for record in result.records if record.method in keys]
+    result.config = wanted
 
 
 def _here(bench: Bench, jobs: Sequence[Job], start: Start, listener: JobListener) -> None:

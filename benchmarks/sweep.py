@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -43,28 +44,26 @@ def sweep(
         The number of runs that failed.
 
     Raises:
-        ConfigError: if ``out`` holds the stages of another sweep, or all runs of a method on val
-            have failed.
+        ConfigError: if ``out`` holds a sweep that differs in more than its methods, or all runs of
+            a method on val have failed.
     """
     points = tuple(point for method in config.methods for point in method.points())
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).write_text(json.dumps(config.as_json(), indent=1) + "\n", encoding="utf-8")
     console.rule(f"val: {len(points)} grid points")
-    tuned = run(
-        config.stage("val", points, config.tuning.seeds), out / VAL, console, executor, threads
+    # Methods may be added, and the retry of a failed run may change a choice.
+    go_on = partial(
+        run, console=console, executor=executor, threads=threads, methods_may_change=True
     )
+    tuned = go_on(config.stage("val", points, config.tuning.seeds), out / VAL)
     chosen = choose(points, tuned, config.tuning)
     console.rule(f"test: {sum(map(len, chosen.values()))} choices, {len(config.seeds)} seeds")
     published = tuple(point for group in chosen.values() for point in group)
-    results = [
-        tuned,
-        run(config.stage("test", published, config.seeds), out / TEST, console, executor, threads),
-    ]
+    results = [tuned, go_on(config.stage("test", published, config.seeds), out / TEST)]
     if config.long is not None:
         best = tuple(group[0] for group in chosen.values())
         console.rule(f"long: {len(best)} choices, {config.long} times the steps")
-        stage = config.stage("test", best, config.seeds, config.long)
-        results.append(run(stage, out / LONG, console, executor, threads))
+        results.append(go_on(config.stage("test", best, config.seeds, config.long), out / LONG))
     return sum(len(result.failures) for result in results)
 
 

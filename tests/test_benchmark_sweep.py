@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from benchmarks import tiny
 from benchmarks.__main__ import app
 from benchmarks.charts import scale
-from benchmarks.config import RunConfig, SweepConfig
+from benchmarks.config import ConfigError, RunConfig, SweepConfig
 from benchmarks.leaderboard import markdown
 from benchmarks.records import read_result
 from benchmarks.run import run
@@ -109,19 +109,26 @@ def test_a_sweep_goes_on_where_it_was_left(folder: Path, tmp_path: Path, monkeyp
     whole = result.model_dump()
     result.records.pop()
     (out / "test" / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
-    changed = SweepConfig.model_validate({**plain(), "long": None})
+    methods = [*plain()["methods"], {"name": "sam"}]  # and another method takes part
+    changed = SweepConfig.model_validate({**plain(), "methods": methods, "long": None})
     ran = []
     from benchmarks.bench import Bench
 
+    inner = Bench.run
     monkeypatch.setattr(
         Bench,
         "run",
-        lambda self, m, s, *rest, inner=Bench.run: ran.append(s) or inner(self, m, s, *rest),
+        lambda self, m, seed, *rest: ran.append((m.name, seed)) or inner(self, m, seed, *rest),
     )
     assert sweep(changed, out, QUIET) == 0
-    assert ran == [whole["records"][-1]["seed"]]
-    again = read_result(out / "test").records[-1]
-    assert again.curve[-1].prompts == whole["records"][-1]["curve"][-1]["prompts"]
+    lost = whole["records"][-1]
+    assert ran == [("sam", 5), ("sam", 0), ("projected_adamw", lost["seed"]), ("sam", 1)]
+    again = read_result(out / "test")
+    found = again.find(lost["method"], lost["seed"])
+    assert found.curve[-1].prompts == lost["curve"][-1]["prompts"]
+    assert again.records[0].model_dump() == whole["records"][0]
+    with pytest.raises(ConfigError, match="the result of another config"):
+        sweep(SweepConfig.model_validate({**plain(), "steps": 5}), out, QUIET)
 
 
 def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
