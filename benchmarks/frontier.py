@@ -11,6 +11,13 @@ Methods are compared at the task loss T* that the baseline's choice ends with (p
 
     share removed = 1 − (A_method(T*) − A_start) / (A_baseline − A_start)
 
+A method that does not reach T* can still be compared where it ends: its choice has task loss T and
+alignment loss A, and the baseline's frontier, which smaller learning rates make, has A_baseline(T):
+
+    share removed at its own task loss = 1 − (A − A_start) / (A_baseline(T) − A_start)
+
+with the baseline's choice in place of A_baseline(T) where the method's task loss is even lower.
+
 Intervals are paired bootstrap percentiles (Efron and Tibshirani 1993): seeds and prompts are drawn
 with replacement, the same for every method and for the start, so that what all methods have in
 common cancels. Three to five seeds make coarse intervals; the prompts are the larger part.
@@ -90,13 +97,16 @@ class Matched:
     """A method at the baseline's task loss.
 
     Attributes:
-        alignment: A(T*).
-        removed: share of the baseline's rise that is removed; None where the baseline did not rise.
+        alignment: A(T*); None where the method does not reach T*.
+        removed: share of the baseline's rise that is removed at T*; None also where the baseline
+            did not rise.
+        own: the same at the task loss of the method's own choice.
         reached: share of the replicates in which the method reaches T*.
     """
 
-    alignment: Interval
+    alignment: Interval | None
     removed: Interval | None
+    own: Interval | None
     reached: float
 
 
@@ -107,7 +117,7 @@ def matched(
     tolerance: float = 0.01,
     replicates: int = REPLICATES,
     seed: int = 0,
-) -> dict[str, Matched | None]:
+) -> dict[str, Matched]:
     """Every method at the baseline's task loss, with paired bootstrap intervals.
 
     Args:
@@ -117,9 +127,6 @@ def matched(
         tolerance: share of the baseline's task loss that is added to it for T*.
         replicates: of the bootstrap.
         seed: of the draws.
-
-    Returns:
-        None for a method that does not reach T*.
 
     Raises:
         ValueError: if methods differ in their number of seeds or prompts.
@@ -145,14 +152,17 @@ def matched(
         for _ in range(replicates)
     ]
     return {
-        name: None
-        if found is None
-        else _summary(found, [other for replicate in drawn if (other := replicate[name])], drawn)
+        name: _summary(found, [replicate[name] for replicate in drawn])
         for name, found in estimate.items()
     }
 
 
-_Pair = tuple[float, float | None]
+class _Figures(NamedTuple):
+    """What `Matched` holds, for one draw of seeds and prompts."""
+
+    alignment: float | None
+    removed: float | None
+    own: float | None
 
 
 def _at(
@@ -162,37 +172,46 @@ def _at(
     tolerance: float,
     seeds: NDArray[np.int64],
     prompts: NDArray[np.int64],
-) -> dict[str, _Pair | None]:
-    """A(T*) and the share removed of every method, for one draw of seeds and prompts."""
+) -> dict[str, _Figures]:
+    """The figures of every method, for one draw of seeds and prompts."""
     outcomes = {
         name: [samples.outcome(seeds, prompts) for samples in points]
         for name, points in methods.items()
     }
     base = outcomes[baseline][0]
-    target = base.task * (1 + tolerance)
     before = float(start[prompts].mean())
-    rise = base.alignment - before
-    found: dict[str, _Pair | None] = {}
+
+    def share(value: float | None, reference: float) -> float | None:
+        if value is None or reference <= before:
+            return None
+        return 1 - (value - before) / (reference - before)
+
+    found = {}
     for name, points in outcomes.items():
         # The baseline is its choice, not its frontier: that is what others are measured against.
-        value = base.alignment if name == baseline else at_task_loss(points, target)
-        if value is None:
-            found[name] = None
-        else:
-            found[name] = (value, 1 - (value - before) / rise if rise > 0 else None)
+        at_target = (
+            base.alignment
+            if name == baseline
+            else at_task_loss(points, base.task * (1 + tolerance))
+        )
+        there = at_task_loss(outcomes[baseline], points[0].task)
+        found[name] = _Figures(
+            alignment=at_target,
+            removed=share(at_target, base.alignment),
+            own=share(points[0].alignment, base.alignment if there is None else there),
+        )
     return found
 
 
-def _summary(found: _Pair, drawn: Sequence[_Pair], replicates: Sequence[object]) -> Matched:
-    removed = None
-    shares = [pair[1] for pair in drawn if pair[1] is not None]
-    if found[1] is not None and shares:
-        removed = _interval(found[1], shares)
-    return Matched(
-        alignment=_interval(found[0], [pair[0] for pair in drawn]),
-        removed=removed,
-        reached=len(drawn) / max(1, len(replicates)),
-    )
+def _summary(found: _Figures, drawn: Sequence[_Figures]) -> Matched:
+    intervals = [
+        None
+        if value is None
+        else _interval(value, [other for other in others if other is not None])
+        for value, others in zip(found, zip(*drawn, strict=True), strict=True)
+    ]
+    reached = sum(figures.alignment is not None for figures in drawn) / max(1, len(drawn))
+    return Matched(*intervals, reached=reached)
 
 
 def _interval(value: float, drawn: Sequence[float]) -> Interval:

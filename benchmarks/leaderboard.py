@@ -42,20 +42,20 @@ def leaderboard(folder: Path, console: Console) -> Path:
 def markdown(found: Standings) -> str:
     """The leaderboard as a Markdown table, for a README."""
     lines = [
-        "| method | rise removed | alignment loss | task loss | refuses | over-refuses "
-        "| safety time |",
-        "|---|---|---|---|---|---|---|",
+        "| method | rise removed | at its own task loss | alignment loss | task loss | refuses "
+        "| over-refuses | safety time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     start = found.test.start
     assert start is not None
     lines.append(
-        f"| start | | {start.alignment_loss:.3f} | {start.task_loss:.3f} "
+        f"| start | | | {start.alignment_loss:.3f} | {start.task_loss:.3f} "
         f"| {start.refusal_rate:.0%} | {start.over_refusal_rate:.0%} | |"
     )
     for row in found.rows:
         name = f"**{row.method}**" if row.ours else row.method
         lines.append(
-            f"| {name} | {removed(row)} | {row.alignment:.3f} | {row.task:.3f} "
+            f"| {name} | {removed(row)} | {own(row)} | {row.alignment:.3f} | {row.task:.3f} "
             f"| {row.refusal:.0%} | {row.over_refusal:.0%} | {row.share:.1%} |"
         )
     seeds, prompts = len(found.config.seeds), found.config.evaluation.alignment_prompts
@@ -64,8 +64,8 @@ def markdown(found: Standings) -> str:
         f"{found.config.model.name} on {found.config.task.name}, {found.config.steps} steps, "
         f"{seeds} seeds, {prompts} harmful prompts that no method has seen. Rise removed: share of "
         f"AdamW's rise in alignment loss that is gone at AdamW's task loss "
-        f"(+{found.tolerance:.0%}), with 95% intervals of a paired bootstrap over seeds and "
-        "prompts. Every method was tuned on other prompts.",
+        f"(+{found.tolerance:.0%}); at its own task loss: compared with what AdamW's frontier has "
+        "there; with 95% intervals of a paired bootstrap over seeds and prompts. Every method was tuned on other prompts.",
         "",
     ]
     return "\n".join(lines)
@@ -74,16 +74,21 @@ def markdown(found: Standings) -> str:
 def removed(row: Row) -> str:
     """The share removed with its interval, in words where there is none."""
     if row.method == BASELINE:
-        return "0% (baseline)"
-    if row.matched is None:
-        return "task loss not reached"
-    if row.removed is None:
-        return "nothing rose"
-    return _interval(row.removed)
+        return "baseline"
+    if row.matched.alignment is None:
+        return "not reached"
+    return _interval(row.removed) if row.removed else "nothing rose"
+
+
+def own(row: Row) -> str:
+    """The share removed at the method's own task loss."""
+    if row.method == BASELINE:
+        return ""
+    return _interval(row.matched.own) if row.matched.own else "nothing rose"
 
 
 def _interval(share: Interval) -> str:
-    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+    return f"{share.value:.1%} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
 def _terminal(found: Standings) -> Table:
@@ -96,12 +101,20 @@ def _terminal(found: Standings) -> Table:
     )
     table.add_column("#", justify="right")
     table.add_column("method", overflow="fold")
-    for name in ("rise removed", "align. loss", "task loss", "refuses", "over- refuses", "safety"):
+    for name in (
+        "rise removed",
+        "own task loss",
+        "align. loss",
+        "task loss",
+        "refuses",
+        "over- refuses",
+        "safety",
+    ):
         table.add_column(name, justify="right")
     for number, row in enumerate(found.rows, start=1):
         table.add_row(
-            str(number), row.method, removed(row), f"{row.alignment:.3f}", f"{row.task:.3f}",
-            f"{row.refusal:.0%}", f"{row.over_refusal:.0%}", f"{row.share:.1%}",
+            str(number), row.method, removed(row), own(row),
+            f"{row.alignment:.3f}", f"{row.task:.3f}", f"{row.refusal:.0%}", f"{row.over_refusal:.0%}", f"{row.share:.1%}",
             style="bold" if row.ours else "",
         )  # fmt: skip
     return table
@@ -128,6 +141,7 @@ def _html(found: Standings) -> str:
             start=found.test.start,
             rows=found.rows,
             removed=removed,
+            own=own,
             baseline=BASELINE,
             metric=metric_of(found.config.task.name)[0],
             frontier=_frontier(found),

@@ -23,7 +23,7 @@ class Row:
         method: its name.
         settings: of its choice, as the grid names them.
         ours: whether it is one of this package's.
-        matched: at the baseline's task loss; None if it is not reached.
+        matched: at the baseline's task loss, and at its own.
         points: its published points, the choice first.
         grid: what its grid points reached on val.
         curves: of the choice: steps and alignment losses for each seed.
@@ -35,7 +35,7 @@ class Row:
     method: str
     settings: str
     ours: bool
-    matched: Matched | None
+    matched: Matched
     points: tuple[Outcome, ...]
     grid: tuple[Outcome, ...]
     curves: tuple[tuple[tuple[int, float], ...], ...]
@@ -55,7 +55,7 @@ class Row:
     @property
     def removed(self) -> Interval | None:
         """Share of the baseline's rise that is removed at its task loss."""
-        return self.matched.removed if self.matched else None
+        return self.matched.removed
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Standings:
     """A sweep, ready to be shown.
 
     Attributes:
-        rows: the method that removes most first; those that do not reach the task loss last.
+        rows: the method that removes most first; those that do not reach the task loss last, by
+            what they remove at their own.
         test: the result on test.
         target: the task loss T* at which methods are compared.
         failures: runs that crashed, in words.
@@ -116,9 +117,7 @@ def standings(folder: Path) -> Standings:
         _row(name, members, compared[name], grid.get(name, []), long.get(name, []))
         for name, members in groups.items()
     ]
-    rows.sort(
-        key=lambda row: (row.removed is None, -row.removed.value if row.removed else row.task)
-    )
+    rows.sort(key=_rank)
     failures = [
         f"{stage}: {failure.method}, seed {failure.seed}: {failure.error}"
         for stage, result in zip((TEST, VAL, LONG), [test, *others], strict=True)
@@ -129,6 +128,12 @@ def standings(folder: Path) -> Standings:
     return Standings(
         tuple(rows), test, config, base_task * (1 + tolerance), tolerance, tuple(failures)
     )
+
+
+def _rank(row: Row) -> tuple[bool, float, float]:
+    """Those that reach the task loss first, by what they remove there; the others by their own."""
+    own = row.matched.own.value if row.matched.own else float("-inf")
+    return (row.removed is None, -(row.removed.value if row.removed else own), row.task)
 
 
 def _complete(
@@ -166,7 +171,7 @@ def _samples(records: Sequence[Record]) -> Samples:
 def _row(
     name: str,
     members: Sequence[tuple[MethodConfig, list[Record]]],
-    compared: Matched | None,
+    compared: Matched,
     grid: Sequence[Record],
     long: Sequence[Record],
 ) -> Row:

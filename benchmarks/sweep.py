@@ -72,7 +72,8 @@ def choose(
 ) -> Mapping[str, tuple[MethodConfig, ...]]:
     """The grid points to publish, by method: the choice first, then its frontier neighbours.
 
-    The baseline's choice has the lowest task loss. Every other method's has the lowest alignment
+    The baseline's choice has the lowest task loss; its whole frontier is published, since methods
+    that end elsewhere are compared with it. Every other method's has the lowest alignment
     loss among the points whose task loss is at most ``tolerance`` above that; if there is none, the
     lowest task loss.
 
@@ -115,7 +116,7 @@ def _published(
         (member for member in members if member is not best and member[1] in front),
         key=lambda member: abs(member[1].task - best[1].task),
     )
-    return tuple(point for point, _ in [best, *others][:number])
+    return tuple(point for point, _ in [best, *others][: None if baseline else number])
 
 
 def _mean(records: Sequence[Record]) -> Outcome:

@@ -48,7 +48,11 @@ def test_figures_at_matched_task_loss_are_the_closed_form():
         "slow": [samples(1.05, start + 0 * rise)],
     }
     found = matched(methods, "adamw", start, tolerance=0, replicates=200)
-    assert found["slow"] is None
+    slow = found["slow"]
+    assert (slow.alignment, slow.removed, slow.reached) == (None, None, 0)
+    # Where it ends, the baseline has the alignment loss of its only point.
+    assert (slow.own.value, slow.own.low) == pytest.approx((1, 1))
+    assert found["ours"].own.value == pytest.approx(0.8)
     # Half way between a fifth of the rise and none of it, in every replicate: no width at all.
     removed = found["ours"].removed
     assert (removed.value, removed.low, removed.high) == pytest.approx((0.9, 0.9, 0.9))
@@ -57,6 +61,21 @@ def test_figures_at_matched_task_loss_are_the_closed_form():
     assert found["ours"].reached == 1
     base = found["adamw"].removed
     assert (base.value, base.low, base.high) == pytest.approx((0, 0, 0))
+
+
+def test_a_method_is_also_compared_with_the_baseline_s_frontier_where_it_ends():
+    start = np.zeros(5)
+    ones = np.ones((2, 5))
+    methods = {
+        "adamw": [samples(1.0, ones), samples(1.4, 0.2 * ones)],
+        "ours": [samples(1.2, 0.15 * ones)],
+        "better": [samples(0.9, 0.5 * ones)],
+    }
+    found = matched(methods, "adamw", start, tolerance=0, replicates=50)
+    assert found["ours"].removed is None
+    assert found["ours"].own.value == pytest.approx(1 - 0.15 / 0.6)  # AdamW has 0.6 at 1.2
+    assert found["better"].own.value == found["better"].removed.value == pytest.approx(0.5)
+    assert found["adamw"].own.value == pytest.approx(0)
 
 
 def test_a_method_that_reaches_the_task_loss_with_some_seeds_only():

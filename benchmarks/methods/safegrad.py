@@ -10,25 +10,13 @@ Simplified: the divergence is a lower bound from the 32 most likely tokens and o
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from pydantic import BaseModel
 
-from benchmarks.methods.adamw import AdamW
-from benchmarks.methods.base import Setup
-from benchmarks.methods.safety_gradient import KLGradient, KLOptions
+from benchmarks.methods.kl_reference import KLReference
 
 
-class SafeGrad(AdamW):
+class SafeGrad(KLReference):
     """g ← g_t − min(0, g_tᵀg_s)/‖g_s‖²·g_s + weight·g_s."""
-
-    Options: ClassVar[type[BaseModel]] = KLOptions
-
-    def __init__(self, setup: Setup, options: KLOptions) -> None:
-        super().__init__(setup, options)
-        self.weight = options.weight
-        self.kl_gradient = KLGradient(setup, options, self.cost)
 
     def after_backward(self) -> None:
         safety = self.kl_gradient()
