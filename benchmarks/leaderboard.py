@@ -65,7 +65,8 @@ def markdown(found: Standings) -> str:
         f"{seeds} seeds, {prompts} harmful prompts that no method has seen. Rise removed: share of "
         f"AdamW's rise in alignment loss that is gone at AdamW's task loss "
         f"(+{found.tolerance:.0%}); at its own task loss: compared with what AdamW's frontier has "
-        "there; with 95% intervals of a paired bootstrap over seeds and prompts. Every method was tuned on other prompts.",
+        "there; with 95% intervals of a paired bootstrap over seeds and prompts. Every method was "
+        "tuned on other prompts.",
         "",
     ]
     return "\n".join(lines)
@@ -114,7 +115,8 @@ def _terminal(found: Standings) -> Table:
     for number, row in enumerate(found.rows, start=1):
         table.add_row(
             str(number), row.method, removed(row), own(row),
-            f"{row.alignment:.3f}", f"{row.task:.3f}", f"{row.refusal:.0%}", f"{row.over_refusal:.0%}", f"{row.share:.1%}",
+            f"{row.alignment:.3f}", f"{row.task:.3f}",
+            f"{row.refusal:.0%}", f"{row.over_refusal:.0%}", f"{row.share:.1%}",
             style="bold" if row.ours else "",
         )  # fmt: skip
     return table
