@@ -95,6 +95,7 @@ def test_restore_measures_the_trial_examples(name):
 def lose_everything(optimizer):
     """Make the optimizer believe that the model was perfectly aligned, so that all is lost."""
     optimizer.safety.reference = optimizer.safety._trial_reference = 0.0
+    optimizer.safety._reference_odds = 13.0
 
 
 @names
@@ -107,6 +108,8 @@ def test_restore_ends_after_two_rounds(name, caplog):
     measured = optimizer.restore()
     assert measured.restored_to < optimizer.safety.history[1].alignment_loss
     assert sum(backward for _, backward in seen) == 2
+    # The second round is the last chance: it looks at as many examples as it may.
+    assert [entry.examples for entry in optimizer.safety.history] == [2, 2, 3]
     assert len(seen) <= 1 + 4 + 1 * (1 + 3)  # each round: one look, up to three lengths
     assert optimizer.safety.passes.forward - before == len(seen)
     assert "restore: the trial examples' alignment loss is" in caplog.text
@@ -120,7 +123,8 @@ def test_line_search_backtracks(name, monkeypatch):
     for values in ([1.0, 0.9], [1.0, 1.1, 0.9], [1.0, 1.1, 1.1, 0.9], [1.0] + [1.1] * 3):
         model, optimizer = build(name, refresh=NEVER, budget=0.0)
         run(model, optimizer, 1)
-        optimizer.safety.reference, optimizer.safety._trial_reference = 0.0, 0.95
+        lose_everything(optimizer)
+        optimizer.safety._trial_reference = 0.95
         accepted = values[-1] < 1
         before, script = copies(trainable(model)), iter(values)
         monkeypatch.setattr(optimizer.safety.probe, "value", lambda *args, s=script: next(s))

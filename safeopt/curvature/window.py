@@ -81,16 +81,22 @@ class Window:
         turned = before / _slopes(losses, self.tokens)
         return Window(self.coefficients * turned.unsqueeze(1), losses, self.tokens, self.targets)
 
-    def restoring_step(self, goal: float, damping: float) -> Tensor:
+    def losses_at(self, odds: float) -> Tensor:
+        """The mean token loss of each example, shape ``(w,)``, if its log-odds were ``odds``."""
+        return _losses(torch.full_like(self.losses, odds), self.tokens)
+
+    def restoring_step(self, goal: float | Tensor, damping: float) -> Tensor:
         """The smallest step that brings every example back; shape ``(k,)``, zero if none is lost.
 
         Args:
-            goal: the mean token loss to which a safety example returns.
+            goal: the mean token loss to which a safety example returns; one number, or one for each
+                example, shape ``(w,)``.
             damping: δ > 0, relative to an example's own ‖Z_j‖²: an example is brought back to
                 about 1 − δ of the way where it alone asks for the step.
         """
         sign = torch.where(self.safety, 1.0, -1.0).to(self.losses)
-        wanted = torch.where(self.safety, torch.full_like(self.losses, goal), self.targets)
+        goals = self.losses.new_tensor(goal) if isinstance(goal, float) else goal
+        wanted = torch.where(self.safety, goals, self.targets)
         lost = sign * (log_odds(wanted, self.tokens) - self.log_odds)
         rows = (sign * _slopes(self.losses, self.tokens)).unsqueeze(1) * self.coefficients
         products = rows @ rows.T

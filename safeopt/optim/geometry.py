@@ -27,6 +27,7 @@ from torch import Tensor
 from safeopt.curvature import surrogate as maps
 from safeopt.curvature.basis import coordinates_together
 from safeopt.curvature.subspace import SafetySubspace
+from safeopt.curvature.window import log_odds
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import estimate
 from safeopt.optim.examples import ExampleRota
@@ -90,6 +91,7 @@ class SafetyGeometry:
         self.step_count = 0
         self.last_refresh = 0
         self._checked = 0  # the step at which `restore` last ran to its end
+        self._reference_odds: float | None = None  # mean log-odds of the same examples
         self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
         self._position = torch.zeros(0, dtype=torch.float64)  # c after the last step
         self._first_drift: Tensor | None = None
@@ -121,11 +123,16 @@ class SafetyGeometry:
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
-            self._trial_reference = finite(self.probe.value(self.rota.trial))
+            trial = self.probe.values(self.rota.trial).cpu().double()
+            self._trial_reference = finite(float(trial.mean()))
             self._estimate(params, self._count(0))
-            first, trial = self.history[-1], len(self.rota.trial)
-            total = self._trial_reference * trial + first.alignment_loss * first.examples
-            self.reference = total / (trial + first.examples)
+            assert self.subspace is not None
+            window = self.subspace.window
+            losses = torch.cat([trial, window.losses[window.safety].cpu()])
+            tokens = self.probe.response_tokens(self.rota.trial)
+            tokens = torch.cat([tokens, window.tokens[window.safety].cpu()])
+            self.reference = float(losses.mean())
+            self._reference_odds = float(log_odds(losses, tokens).mean())
 
     def after_step(self, params: Sequence[Tensor], learning_rate: float) -> None:
         """Protect the parameters that the base optimizer has just moved.
@@ -186,7 +193,8 @@ class SafetyGeometry:
             trial = finite(self.probe.value(self.rota.trial))
         for _ in range(_ROUNDS):
             if trial > limit:
-                trial = self._refresh(params, search=True, trial=trial)
+                count = self.config.examples
+                trial = self._refresh(params, search=True, trial=trial, count=count)
                 assert trial is not None  # a search measures it, and without one it is as before
         if trial > limit:
             logger.warning(
@@ -219,6 +227,7 @@ class SafetyGeometry:
             "checked": self._checked,
             "trial_reference": self._trial_reference,
             "reference": self.reference,
+            "reference_odds": self._reference_odds,
             "coupling": self.coupling,
         }
 
@@ -243,7 +252,8 @@ class SafetyGeometry:
         self._checked = state["checked"]
         self.rota.drawn, self.rota.held_drawn = state["drawn"], state["held_drawn"]
         self._trial_reference = state["trial_reference"]
-        self.reference, self.coupling = state["reference"], state["coupling"]
+        self.reference, self._reference_odds = state["reference"], state["reference_odds"]
+        self.coupling = state["coupling"]
         self.history = [Measurement(*entry) for entry in state["history"]]
         self.subspace = subspace
         if subspace is not None:
@@ -286,7 +296,12 @@ class SafetyGeometry:
         return self.config.restore_alignment and self.config.curvature == "fisher"
 
     def _refresh(
-        self, params: Sequence[Tensor], *, search: bool = False, trial: float | None = None
+        self,
+        params: Sequence[Tensor],
+        *,
+        search: bool = False,
+        trial: float | None = None,
+        count: int | None = None,
     ) -> float | None:
         """Measure, renew the subspace and step back where an example of the window is lost.
 
@@ -294,19 +309,20 @@ class SafetyGeometry:
             params: the protected parameters.
             search: whether the step's length is searched even if another look follows soon.
             trial: the trial examples' loss, where it was just measured.
+            count: number of safety examples; by default, what is due after so many steps.
 
         Returns:
             The trial examples' loss now, None if it was not measured.
         """
-        assert self.reference is not None
+        assert self._reference_odds is not None
         steps = self.step_count - self.last_refresh
-        drawn = self._estimate(params, self._count(steps))
+        drawn = self._estimate(params, self._count(steps) if count is None else count)
         if not self._restores:
             return trial
         assert self.subspace is not None
         window = self.subspace.window
-        limit = self.reference + self.config.budget
-        step = window.restoring_step(limit, self.config.newton_damping)
+        goal = window.losses_at(self._reference_odds) + self.config.budget
+        step = window.restoring_step(goal, self.config.newton_damping)
         if not step.any():
             return trial
         if search or steps >= _SOON:

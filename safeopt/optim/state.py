@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 _COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn", "checked")
-_NUMBERS = ("reference", "trial_reference", "coupling")
+_NUMBERS = ("reference", "reference_odds", "trial_reference", "coupling")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
 _SHAPES = {
     "eigenvalues": "k",
