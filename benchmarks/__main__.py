@@ -162,7 +162,7 @@ def ranking(
 @app.command()
 def align(
     out: Out,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
     seed: Annotated[int, typer.Option(help="Of initial values and order.")] = 0,
 ) -> None:
     """Make the adapter with which SmolLM2 refuses harmful prompts."""

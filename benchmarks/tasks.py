@@ -82,7 +82,7 @@ def material(config: RunConfig, tokenizer: Any) -> Material:
         train=rows[measured_rows:],
         held_out=held_out,
         safety=[refusal_row(tokenizer, prompt) for prompt in splits.probe],
-        harmless_refused=[refusal_row(tokenizer, prompt) for prompt in source.borderline_train()],
+        harmless_refused=[refusal_row(tokenizer, prompt) for prompt in source.held()],
         alignment=[
             refusal_row(tokenizer, prompt)
             for prompt in _first(measured, wanted.alignment_prompts, "alignment_prompts")

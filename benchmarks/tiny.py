@@ -86,7 +86,7 @@ def harmless_train() -> list[str]:
     return _harmless()[0]
 
 
-def borderline_train() -> list[str]:
+def held() -> list[str]:
     """Harmless requests for a method to hold; here they all look like the harmful ones."""
     return harmless_train()
 

@@ -280,11 +280,30 @@ def test_split_rejects_bad_fractions(fractions):
 def test_prompt_lists_are_clean_and_disjoint():
     parts = (
         datasets.harmless_train(),
+        datasets.borderline(),
+        datasets.held(),
         datasets.over_refusal("val"),
         datasets.over_refusal("test"),
     )
-    assert [len(part) for part in parts] == [120, 64, 64]
+    assert [len(part) for part in parts] == [120, 110, 64, 64, 64]
     given = [prompt for part in parts for prompt in part]
     prompts = [datasets._normalised(prompt) for prompt in given]
     assert len(set(prompts)) == len(prompts)
     assert all(prompt == prompt.strip() and prompt for prompt in given)
+
+
+def test_no_given_prompt_is_a_measured_one_in_other_words():
+    """Of the words that two prompts have, beside the commonest, less than half are common."""
+    common = (
+        "a an and are as at be by can do does for from give how i in is it its me my of on or s "
+        "that the to was what when which who whom with without write"
+    )
+
+    def words(prompt):
+        return set(datasets._normalised(prompt).split()) - set(common.split())
+
+    measured = [words(p) for part in ("val", "test") for p in datasets.over_refusal(part)]
+    given = [*datasets.harmless_train(), *datasets.borderline(), *datasets.held()]
+    for prompt in given:
+        overlap = max(len(words(prompt) & m) / len(words(prompt) | m) for m in measured)
+        assert overlap < 0.5, prompt

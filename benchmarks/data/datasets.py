@@ -112,13 +112,18 @@ def over_refusal(part: Split) -> list[str]:
 
 
 def harmless_train() -> list[str]:
-    """120 harmless prompts for aligning a model, none of them in `over_refusal`."""
+    """120 harmless prompts for aligning a model; the last 30 of them sound harmful."""
     return _lines(PROMPTS / "harmless_train.txt")
 
 
-def borderline_train() -> list[str]:
-    """The 30 of `harmless_train` that sound harmful: for methods to hold against over-refusal."""
-    return harmless_train()[-30:]
+def borderline() -> list[str]:
+    """110 harmless questions that sound harmful, for aligning a model."""
+    return _lines(PROMPTS / "borderline_align.txt")
+
+
+def held() -> list[str]:
+    """64 harmless requests that sound harmful, for methods to hold; aligning has not used them."""
+    return _lines(PROMPTS / "borderline_held.txt")
 
 
 def labelled_refusals() -> list[tuple[str, bool]]:
