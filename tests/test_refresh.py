@@ -18,7 +18,7 @@ def schedule(policy, steps):
 
 
 def test_default_schedule():
-    expected = [4, 10, 25, 63, 158, 358, 558, 758, 958]
+    expected = [4, 8, 16, 32, 64, 128, 256, 456, 656, 856]
     assert schedule(RefreshPolicy(), 1000) == expected
 
 

@@ -34,7 +34,7 @@ class RefreshPolicy:
     """
 
     first: int = 4
-    growth: float = 2.5
+    growth: float = 2.0
     every: int = 200
     drift: float | None = 0.1
 

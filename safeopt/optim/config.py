@@ -49,9 +49,9 @@ class SafetyConfig:
     rank: int = 32
     mode: Mode = "project"
     damping: float = 1.0
-    budget: float = 0.002
+    budget: float = 0.0
     refresh: RefreshPolicy = field(default_factory=RefreshPolicy)
-    examples: int = 3
+    examples: int = 4
     window: int = 32
     newton_damping: float = 0.1
     restore_alignment: bool = True

@@ -339,7 +339,7 @@ class SafetyGeometry:
 
     def _count(self, steps: int) -> int:
         """Number of safety examples for a refresh after so many steps."""
-        return min(max(steps, _FEWEST), self.config.examples)
+        return min(max(steps // 2, _FEWEST), self.config.examples)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> int:
         """Measure the alignment loss on new examples and renew the subspace at ``params``.
