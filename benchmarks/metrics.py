@@ -12,11 +12,6 @@ from difflib import SequenceMatcher
 Metric = Callable[[str, str], float]
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """1 if both are the same words."""
-    return float(answer.split() == reference.split())
-
-
 def final_number(answer: str, reference: str) -> float:
     """1 if the last number of both is the same, as GSM8K is scored."""
     found, wanted = _last_number(answer), _last_number(reference)
@@ -37,7 +32,6 @@ def rouge_l(answer: str, reference: str) -> float:
 
 # By task; any other task is scored by ROUGE-L.
 METRICS: Mapping[str, tuple[str, Metric]] = {
-    "tiny": ("exact match", exact_match),
     "gsm8k": ("final number", final_number),
     "codeio": ("text similarity", similarity),
 }
