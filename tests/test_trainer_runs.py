@@ -213,6 +213,32 @@ def test_two_passes_with_accumulation_equal_a_loop_by_hand(tmp_path):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_step_leaves_nothing_for_the_next_run(tmp_path):
+    """The first of two micro-batches was kept for the second pass when training broke off."""
+
+    class Broken(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 1 and not self.broken:
+                self.broken = True
+                raise Interrupted
+
+        broken = False
+
+    trainer = guarded(
+        tmp_path, "safety-sam", options=TWO_PASS, callbacks=[Broken()], max_steps=2,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    with pytest.raises(Interrupted):
+        trainer.train()
+    count = Count(trainer.model)
+    trainer.train()
+    assert count.count == 2 * 2 * 2
+
+
 TWO_PASS = {"mode": "two_pass"}
 KINDS = {
     "safeguard": (None, {}),

@@ -158,13 +158,20 @@ class SafetyTrainerMixin:
     Cost: twice the passes, and the memory of the step's micro-batches.
     """
 
+    _micro_batches: list[dict[str, Any]]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; what an interrupted step has left behind is forgotten."""
+        self._micro_batches = []
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Run a micro-batch and, where it is the step's last, all of them again at θ + ε."""
         run: Callable[..., Tensor] = super().training_step  # type: ignore[misc]
         optimizer = unwrapped(getattr(self, "optimizer", None))
         if not (isinstance(optimizer, SafetySAM) and optimizer.mode == "two_pass"):
             return run(model, inputs, *args)
-        kept: list[dict[str, Any]] = self.__dict__.setdefault("_micro_batches", [])
+        kept = self._micro_batches
         kept.append(dict(inputs))  # some trainers take entries out
         loss = run(model, inputs, *args)
         accelerator = self.accelerator  # type: ignore[attr-defined]
