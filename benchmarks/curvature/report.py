@@ -143,7 +143,7 @@ def _eigenpairs_plot(result: CurvatureResult, details: Details) -> Figure:
         labels = [f"{row.products} products, {row.max_residual:.0e}" for row in rows]
         axes.bar_label(bars, labels, padding=3, fontsize=8)
         axes.set(title=TITLES[kind], xlabel="processor seconds")
-        axes.margins(x=0.45)
+        axes.margins(x=0.6)
         axes.tick_params(axis="y", labelsize=9)
         axes.grid(axis="y", visible=False)
     return figure
