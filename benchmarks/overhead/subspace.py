@@ -11,6 +11,7 @@ from torch import Tensor
 from safeopt import RefreshPolicy
 
 RANK = 32
+STEPS = 2 * RANK  # a refresh looks at one example for every two steps
 # One refresh, with as many examples as the subspace has directions; the next is never due.
 ONE_REFRESH: dict[str, Any] = {
     "rank": RANK,
@@ -18,7 +19,7 @@ ONE_REFRESH: dict[str, Any] = {
     "window": RANK,
     "restore_alignment": False,
     "basis": "dense",
-    "refresh": RefreshPolicy(first=RANK, growth=1e6, every=10**9, drift=None),
+    "refresh": RefreshPolicy(first=STEPS, growth=1e6, every=10**9, drift=None),
 }
 
 
@@ -48,6 +49,6 @@ def fill_subspace(optimizer: Any, params: Sequence[Tensor]) -> int:
             p.grad = torch.zeros_like(p)
         return torch.zeros(())
 
-    for _ in range(RANK):
+    for _ in range(STEPS):
         optimizer.step(closure)
     return int(optimizer.safety.subspace.rank)
