@@ -77,6 +77,13 @@ def test_steps_and_costs(name):
     assert equal(model.parameters(), kept)
 
 
+def test_without_protection_nothing_is_measured():
+    model, rival = method("preconditioned_sgd", damping=0)
+    rival.step(Task(model, 0))
+    rival.finish()
+    assert rival.cost.forward == 0
+
+
 def test_the_second_pass_is_charged_to_safety_and_the_first_is_not(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("benchmarks.methods.base.perf_counter", lambda: clock[0])

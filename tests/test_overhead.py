@@ -16,12 +16,13 @@ from benchmarks.overhead.run import TARGETS
 def test_runs_are_interleaved_and_the_warm_up_is_not_counted(monkeypatch):
     clock, calls = [0.0], []
     monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing, "process_time", lambda: clock[0] / 2)
 
     def run(name, seconds):
         calls.append(name)
         clock[0] += seconds * len(calls)  # the machine slows down
 
-    seconds = timing.interleaved(
+    seconds, busy = timing.interleaved(
         {"a": lambda: run("a", 1.0), "b": lambda: run("b", 2.0)}, rounds=3, warm_up=1
     )
     assert "".join(calls) == "abbaabba"
@@ -29,6 +30,7 @@ def test_runs_are_interleaved_and_the_warm_up_is_not_counted(monkeypatch):
     assert seconds["b"] == [6.0, 12.0, 14.0]
     assert timing.ratio(seconds, "b", "a") == pytest.approx(14 / 8)  # of 6/4, 12/5 and 14/8
     assert timing.milliseconds(seconds)["a"] == 5000.0
+    assert busy["a"] == [2.0, 2.5, 4.0]
 
 
 def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
@@ -61,6 +63,7 @@ def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert set(TARGETS) == set(result["targets"]) < set(result)
     assert all(result[name] > 0 for name in TARGETS)
+    assert all(result["cpu_time"][name] > 0 for name in TARGETS)
     assert result["rank"]["optimizer_step"] == 32
     assert 25 <= result["rank"]["training_step"] <= 32
     assert result["parameters"]["optimizer_step"] == 160

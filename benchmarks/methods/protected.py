@@ -129,5 +129,6 @@ class ProtectedMethod:
         return nullcontext()
 
     def finish(self) -> None:
-        with self._clock.clock():
-            self.optimizer.restore()
+        if self.optimizer.safety.active:
+            with self._clock.clock():
+                self.optimizer.restore()

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from time import perf_counter
+from time import perf_counter, process_time
+from typing import NamedTuple
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of every run in every round.
+class Timings(NamedTuple):
+    """Seconds of every run in every round, by the name of the run.
+
+    Attributes:
+        wall: by the clock on the wall.
+        cpu: spent by this process's threads together: what remains where others use the machine.
+    """
+
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> Timings:
+    """Time runs against each other.
 
     Args:
         runs: what to time, by name; called in turn, in an order that is reversed every round.
         rounds: how often, at least 1.
         warm_up: rounds before that, which are not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds = Timings({name: [] for name in runs}, {name: [] for name in runs})
     order = list(runs)
     for index in range(warm_up + rounds):
         for name in order:
-            began = perf_counter()
+            began, busy = perf_counter(), process_time()
             runs[name]()
-            taken = perf_counter() - began
+            taken = perf_counter() - began, process_time() - busy
             if index >= warm_up:
-                seconds[name].append(taken)
+                seconds.wall[name].append(taken[0])
+                seconds.cpu[name].append(taken[1])
         order.reverse()
     return seconds
 

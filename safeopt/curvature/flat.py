@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from safeopt.rows import COLUMNS, flat_products
 
@@ -60,6 +61,7 @@ class FlatBlocks:
             columns = matrix.split(sizes, dim=1)
             self.blocks += [c.view(shape) for c, shape in zip(columns, shapes, strict=True)]
 
+    @torch.no_grad()
     def products(self, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """Inner products with vectors given as one tensor for each parameter; None for zeros.
 
@@ -80,12 +82,15 @@ class FlatBlocks:
     @torch.no_grad()
     def add_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
         """Add the combination of the directions to ``tensors``, in place and in their dtypes."""
-        for matrix, members, sizes in self.segments:
-            if not matrix.numel():
+        for segment in self.segments:
+            chosen = [tensors[i] for i in segment.members if tensors[i].numel()]
+            if not segment.matrix.numel():
                 continue
-            chosen = [tensors[i] for i in members]
-            step = (coordinates.to(matrix) @ matrix).split(sizes)
-            parts = [s.view(t.shape).to(t.dtype) for s, t in zip(step, chosen, strict=True)]
+            step = coordinates.to(segment.matrix) @ segment.matrix
+            # In C++: a view in Python for each of hundreds of parameters is as slow as the product.
+            parts = _unflatten_dense_tensors(step, chosen)
+            if any(tensor.dtype != step.dtype for tensor in chosen):
+                parts = [p.to(t.dtype) for p, t in zip(parts, chosen, strict=True)]
             torch._foreach_add_(chosen, parts)
 
 
@@ -101,13 +106,17 @@ def _neighbours(blocks: Sequence[Tensor]) -> Iterator[range]:
 def _flattened(segment: Segment, tensors: Sequence[Tensor | None]) -> Tensor | None:
     """A segment's part of a vector; None if all of it is zero."""
     chosen = [tensors[i] for i in segment.members]
-    if all(tensor is None for tensor in chosen):
+    given = [tensor for tensor in chosen if tensor is not None]
+    if not given:
         return None
-    parts = [
-        segment.matrix.new_zeros(size) if tensor is None else tensor.detach().reshape(-1)
-        for tensor, size in zip(chosen, segment.sizes, strict=True)
-    ]
-    return torch.cat(parts).to(segment.matrix.dtype)
+    if len(given) < len(chosen):
+        given = [
+            segment.matrix.new_zeros(size) if tensor is None else tensor.reshape(-1)
+            for tensor, size in zip(chosen, segment.sizes, strict=True)
+        ]
+    if any(tensor.dtype != segment.matrix.dtype for tensor in given):
+        given = [tensor.to(segment.matrix.dtype) for tensor in given]
+    return _flatten_dense_tensors(given)
 
 
 def _products(matrix: Tensor, vectors: Sequence[Tensor]) -> Tensor:

@@ -101,9 +101,28 @@ def damp(c: Tensor, target: Tensor, curvature: Tensor, strength: float) -> Tenso
 def remove_acceleration(previous: Tensor, drift: Tensor) -> Tensor:
     """Replace the step inside the subspace by the first-order drift: c⁺ = c_previous + drift.
 
-    ``drift`` is the first step after the refresh. Under gradient flow c(t) = ċ₀t + ½c̈t² + …, and
-    c̈ = Uᵀ H g is the coupling that bends the trajectory into the subspace: keeping ċ₀t alone
-    removes the quadratic-in-time part and leaves what a first-order analysis would have predicted.
+    Under gradient flow θ̇ = −g(θ) the coordinates c = Uᵀ(θ − θ_r) obey
+
+        ċ = −Uᵀg,      c̈ = −UᵀHθ̇ = UᵀHg,      c(t) = ċ₀t + ½c̈t² + O(t³)
+
+    ċ₀ is what a first-order analysis sees, and zero where condition 2 of the Alignment Instability
+    Condition holds; c̈ is condition 3's coupling, which bends the trajectory into the subspace and
+    makes the alignment loss ½cᵀΛc grow as t⁴. In steps of length η, c_t − c_{t−1} = ηċ₀ + O(η²)
+    and the second difference is
+
+        (c_{t+1} − c_t) − (c_t − c_{t−1}) = η²UᵀHg + O(η³)
+
+    Repeating the first step after the refresh, ``drift`` = ηċ₀, removes every second difference
+    since then and nothing else: c stays at ηtċ₀, and the alignment loss grows as t² at most. The
+    base optimizer's step takes part in ċ₀ as it is: with Adam, a perturbed gradient or a
+    preconditioner it is that optimizer's first-order drift, not −Uᵀg.
+
+    Args:
+        previous: c⁺ after the last step, shape ``(k,)``.
+        drift: c⁺ of the first step after the refresh, shape ``(k,)``.
+
+    Source: the coupling is condition 3 of Springer et al. 2026 (arXiv 2602.15799); γ is measured by
+    `safeopt.SafetyGeometry.observe_gradient`.
     """
     return previous + drift
 

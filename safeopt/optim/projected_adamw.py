@@ -42,7 +42,8 @@ class ProjectedAdamW(torch.optim.AdamW):
         amsgrad: use the maximum of all second moments.
         probe: the safety examples; its model holds ``params``.
         rank: see `SafetyConfig`, as for all arguments up to ``seed``.
-        mode: the map c → c⁺.
+        mode: the map c → c⁺; what ``"acceleration"`` removes is derived in
+            `safeopt.curvature.surrogate.remove_acceleration`.
         damping: strength of the protection; 0 is ``torch.optim.AdamW`` bit for bit.
         budget: accepted rise of the alignment loss, in nats a token.
         refresh: when to estimate the subspace anew.

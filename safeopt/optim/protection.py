@@ -123,6 +123,8 @@ def attach(
             "_optimizer_load_state_dict_pre_hooks": protection.check,
             "_optimizer_load_state_dict_post_hooks": protection.load,
         }
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            optimizer.load_state_dict = partial(_load, optimizer, protection)  # type: ignore[method-assign]
     # torch numbers hooks anew in every process: a name cannot be taken over by another hook.
     for registry, hook in hooks.items():
         getattr(optimizer, registry)[_KEY] = hook
@@ -217,7 +219,9 @@ class _Protection:
         return state
 
     def load(self, optimizer: Optimizer) -> None:
-        """Continue from the checked state."""
+        """Continue from the checked state, once."""
+        if not self._checked:
+            return
         params = protected_parameters(optimizer)
         load_state(self._geometry, self._checked, params)
         self._spanned = params if self._geometry.subspace is not None else []
@@ -272,6 +276,15 @@ class _Protection:
         )
 
 
+def _load(
+    optimizer: Optimizer, protection: _Protection, state_dict: dict[str, Any], *args: Any, **kw: Any
+) -> None:
+    """An optimizer's own ``load_state_dict``, which may not call its hooks (bitsandbytes's)."""
+    protection.check(optimizer, state_dict)
+    type(optimizer).load_state_dict(optimizer, state_dict, *args, **kw)
+    protection.load(optimizer)
+
+
 def _whole_state(optimizer: Optimizer, registries: Sequence[str]) -> dict[str, Any]:
     """What copies and pickles carry: torch's part, the geometry and its hooks.
 
@@ -280,7 +293,7 @@ def _whole_state(optimizer: Optimizer, registries: Sequence[str]) -> dict[str, A
     ``safety.probe.model``, as torch's brings copies of its parameters.
     """
     state = dict(type(optimizer).__getstate__(optimizer))
-    for name in ("safety", "restore", "__getstate__"):
+    for name in ("safety", "restore", "load_state_dict", "__getstate__"):
         if name in vars(optimizer):
             state[name] = vars(optimizer)[name]
     for registry in registries:

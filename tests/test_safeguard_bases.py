@@ -1,0 +1,201 @@
+"""`safeguard` around optimizers of torch, bitsandbytes, schedulefree and pytorch_optimizer."""
+
+import copy
+import io
+import sys
+import warnings
+
+import bitsandbytes
+import pytest
+import pytorch_optimizer
+import schedulefree
+import torch
+from optimizer_table import copies, equal
+from torch import nn
+
+from safeopt import RefreshPolicy, SafetyProbe, safeguard
+
+SAFETY = {"rank": 4, "trial_examples": 2, "refresh": RefreshPolicy.fixed(3), "budget": 0.0}
+TORCH = ["SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Adafactor", "Muon"]
+EIGHT_BIT = ["AdamW8bit", "PagedAdamW8bit", "Lion8bit", "PagedLion8bit"]
+PAGED = [name for name in (*EIGHT_BIT, "PagedAdamW", "PagedLion") if name.startswith("Paged")]
+BASES = {
+    **{f"torch.{n}": getattr(torch.optim, n) for n in TORCH if hasattr(torch.optim, n)},
+    **{f"bitsandbytes.{n}": getattr(bitsandbytes.optim, n) for n in sorted({*EIGHT_BIT, *PAGED})},
+    "schedulefree.AdamWScheduleFree": schedulefree.AdamWScheduleFree,
+    "pytorch_optimizer.AdaBelief": pytorch_optimizer.AdaBelief,
+    "pytorch_optimizer.Lion": pytorch_optimizer.Lion,
+}  # fmt: skip
+names = pytest.mark.parametrize("name", BASES)
+
+
+def gpu(test):
+    """Mark a test that needs a GPU: ``python -m pytest -m gpu tests/test_safeguard_bases.py``."""
+    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    return pytest.mark.gpu(missing(test))
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu():
+    """bitsandbytes says that it does not page there; the test of paging is for a GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        yield
+
+
+class Wide(nn.Module):
+    """Matrices only, for Muon; one large enough for 8-bit states, which start at 4,096 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(64, 80, bias=False)
+        self.second = nn.Linear(80, 6, bias=False)
+        self.inputs = torch.randn(24, 64)
+        self.targets = torch.randn(24, 6)
+
+    def losses(self, rows):
+        outputs = self.second(torch.tanh(self.first(self.inputs[rows])))
+        return ((outputs - self.targets[rows]) ** 2).mean(-1)
+
+    def to(self, device):
+        self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
+        return super().to(device)
+
+
+def build(name, device="cpu", **safety):
+    model = Wide().to(device)
+    ids = torch.arange(10).view(-1, 1).repeat(1, 2)
+    probe = SafetyProbe(
+        model,
+        [{"input_ids": ids, "labels": ids}],
+        loss=lambda module, batch: module.losses(batch["input_ids"][:, 0]),
+    )
+    base = BASES[name](model.parameters(), lr=3e-3)
+    return model, base, safeguard(base, probe, **{**SAFETY, **safety})
+
+
+def train(model, optimizer, steps):
+    for step in range(steps):
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        optimizer.zero_grad()
+        model.losses(torch.arange(10 + step % 5, 24)).mean().backward()
+        optimizer.step()
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+
+
+@names
+def test_groups_and_state_are_the_base_optimizers_own(name):
+    """It is the same object; a scheduler's rates reach it, and the subspace is kept."""
+    model, base, optimizer = build(name, mode="project")
+    assert optimizer is base
+    assert type(optimizer) is BASES[name]
+    groups = optimizer.param_groups
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    before = copies(model.parameters())
+    train(model, optimizer, 2)
+    scheduler.step()
+    assert optimizer.param_groups is groups is base.param_groups
+    assert groups[0]["lr"] == 1.5e-3
+    assert not equal(model.parameters(), before)
+    c = optimizer.safety.subspace.coordinates(list(model.parameters()))
+    assert c.abs().max() < 1e-6
+    assert optimizer.safety.step_count == 2
+
+
+@names
+def test_without_protection_it_is_the_base_optimizer_bit_for_bit(name):
+    model, _, optimizer = build(name, damping=0)
+    train(model, optimizer, 4)
+    twin = Wide()
+    plain = BASES[name](twin.parameters(), lr=3e-3)
+    train(twin, plain, 4)
+    assert equal(model.parameters(), twin.parameters())
+
+
+@names
+def test_it_forgets_less_than_without(name):
+    """The safety examples' loss rises less, with refreshes and restoring."""
+    ends = []
+    for damping in (0, 1.0):
+        model, _, optimizer = build(name, damping=damping)
+        start = float(model.losses(torch.arange(10)).mean())
+        train(model, optimizer, 9)
+        ends.append(float(model.losses(torch.arange(10)).mean()) - start)
+    assert len(optimizer.safety.history) == 4
+    assert ends[1] < ends[0]
+
+
+@names
+def test_states_resume_bit_for_bit(name):
+    model, _, optimizer = build(name)
+    train(model, optimizer, 4)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    again, _, fresh = build(name)
+    again.load_state_dict(weights)
+    fresh.load_state_dict(state)
+    train(model, optimizer, 4)
+    train(again, fresh, 4)
+    assert equal(model.parameters(), again.parameters())
+    assert optimizer.safety.counters() == fresh.safety.counters()
+
+
+def copies_without_protection(name):
+    """Whether the plain optimizer can be copied at all."""
+    model = Wide()
+    plain = BASES[name](model.parameters(), lr=3e-3)
+    train(model, plain, 1)
+    try:
+        train(*copy.deepcopy((model, plain)), 1)
+    except AttributeError:
+        return False
+    return True
+
+
+@names
+def test_copies_go_on_alike(name):
+    if not copies_without_protection(name):
+        pytest.skip("the optimizer itself cannot be copied: its attributes are lost")
+    model, _, optimizer = build(name)
+    train(model, optimizer, 4)
+    twin, other = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 4)
+    train(twin, other, 4)
+    assert equal(model.parameters(), twin.parameters())
+    assert other.safety.history == optimizer.safety.history
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_states_have_eight_bits(name):
+    model, _, optimizer = build(f"bitsandbytes.{name}")
+    train(model, optimizer, 2)
+    assert optimizer.state[model.first.weight]["state1"].dtype == torch.uint8
+    assert optimizer.state[model.second.weight]["state1"].dtype == torch.float32
+
+
+@gpu
+@pytest.mark.parametrize("name", PAGED)
+def test_paged_states_on_a_gpu(name):
+    model, _, optimizer = build(f"bitsandbytes.{name}", device="cuda", mode="project")
+    train(model, optimizer, 5)
+    assert getattr(optimizer.state[model.first.weight]["state1"], "is_paged", False)
+    c = optimizer.safety.subspace.coordinates(list(model.parameters()))
+    assert c.abs().max() < 1e-5
+
+
+@gpu
+@names
+def test_every_base_on_a_gpu(name):
+    model, _, optimizer = build(name, device="cuda")
+    train(model, optimizer, 7)
+    assert [entry.step for entry in optimizer.safety.history] == [0, 3, 6]
+
+
+def test_all_packages_of_the_table_are_the_real_ones():
+    for package in ("bitsandbytes", "schedulefree", "pytorch_optimizer"):
+        assert "site-packages" in sys.modules[package].__file__
