@@ -22,7 +22,7 @@ from optimizer_table import (
 )
 from quadratic import Quadratic, orthogonal
 from quadratic import probe_of as quadratic_probe
-from tiny_models import task_step, tiny_llama, trainable
+from tiny_models import VOCAB, task_step, tiny_llama, trainable
 from tolerances import COORDINATE
 from torch import nn
 from torch.optim import lr_scheduler as schedules
@@ -363,6 +363,27 @@ def test_a_fused_step_under_a_gradient_scaler(unscaled):
     assert [e.step for e in optimizer.safety.history] == [0, 2]
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
+
+
+@names
+def test_accumulated_and_clipped_gradients(name):
+    """Two backward passes on half a batch, clipped, are one on the whole: one step each."""
+    ends = []
+    for parts in (1, 2):
+        model, optimizer = build(name, refresh=EVERY)
+        for step in range(4):
+            ids = torch.randint(4, VOCAB, (4, 8), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            for part in ids.chunk(parts):
+                (model(input_ids=part, labels=part).loss / parts).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            assert norm > 0.5
+            optimizer.step()
+        assert optimizer.safety.step_count == 4
+        assert [e.step for e in optimizer.safety.history] == [0, 2, 4]
+        ends.append(copies(model.parameters()))
+    for p, q in zip(*ends, strict=True):
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-5)
 
 
 @names

@@ -43,6 +43,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from safeopt.curvature.bases import Storage
@@ -202,6 +203,7 @@ class PreconditionedSGD(torch.optim.SGD):
         self.safety = geometry
         attach(self, geometry, on_refresh_error)
 
+    @_disable_dynamo  # the k-dimensional part reads numbers on the host
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step.
