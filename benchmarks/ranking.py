@@ -98,13 +98,14 @@ def predictions(diagnosis: Diagnosis, learning_rate: float, steps: int) -> dict[
     }
 
 
-def correlations(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def correlations(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Spearman's rank correlation of predicted and measured rises: over all runs, and within.
 
     ``all`` mixes tasks and rates; ``tasks`` is the mean over the learning rates of the correlation
-    among the tasks at that rate, ``rates`` the mean over the tasks of that among the rates.
+    among the tasks at that rate, ``rates`` the mean over the tasks of that among the rates. None
+    where all predictions are equal.
     """
-    table = {}
+    table: dict[str, dict[str, float | None]] = {}
     for name in runs[0]["predicted"]:
         table[name] = {"all": _spearman(runs, name)}
         for key, within in (("tasks", "learning_rate"), ("rates", "task")):
@@ -112,8 +113,9 @@ def correlations(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
                 [run for run in runs if run[within] == value]
                 for value in dict.fromkeys(run[within] for run in runs)
             ]
-            found = [_spearman(group, name) for group in groups if len(group) > 1]
-            table[name][key] = sum(found) / len(found) if found else float("nan")
+            known = [_spearman(group, name) for group in groups if len(group) > 1]
+            found = [value for value in known if value is not None]
+            table[name][key] = sum(found) / len(found) if found else None
     return table
 
 
@@ -141,13 +143,13 @@ def calibration(curve: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
     return {"budget": budget, "reached": reached, "known_until": known[-1][0]} | forecasts
 
 
-def _spearman(runs: Sequence[Mapping[str, Any]], name: str) -> float:
+def _spearman(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
     left = _ranks([run["predicted"][name] for run in runs])
     right = _ranks([run["measured_rise"] for run in runs])
     middle = (len(runs) + 1) / 2
     product = sum((a - middle) * (b - middle) for a, b in zip(left, right, strict=True))
     lengths = [sum((x - middle) ** 2 for x in ranks) for ranks in (left, right)]
-    return product / (lengths[0] * lengths[1]) ** 0.5 if all(lengths) else float("nan")
+    return product / (lengths[0] * lengths[1]) ** 0.5 if all(lengths) else None
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
@@ -170,7 +172,6 @@ def _show(summary: Mapping[str, Any], console: Console) -> None:
         )  # fmt: skip
     titles = {"all": "rank correlation", "tasks": "among tasks", "rates": "among rates"}
     for key, title in titles.items():
-        table.add_row(
-            title, "", "", *(f"{summary['rank_correlation'][n][key]:+.2f}" for n in names)
-        )
+        values = [summary["rank_correlation"][name][key] for name in names]
+        table.add_row(title, "", "", *("none" if v is None else f"{v:+.2f}" for v in values))
     console.print(table)

@@ -244,10 +244,10 @@ def main() -> None:
     first = results["analytic"]
     plots = {"analytic": {"measured": first["curve"], "γ²t⁴/8": first["law"]}}
     for name in ("transformer", "smollm2"):
-        plots[name] = {run["name"].split(", ", 1)[1]: run["curve"] for run in results[name]}
+        plots[name] = {run["name"].split(", ", 2)[-1]: run["curve"] for run in results[name]}
     for name, curves in plots.items():
         if curves:
-            figure = curve_plot(curves, "step", "rise of the alignment loss", logarithmic=True)
+            figure = curve_plot(curves, "step", "rise of the alignment loss", logarithmic="xy")
             figure.savefig(out / f"{name}.svg", metadata={"Date": None})
     for run in (first, *results["transformer"], *results["smollm2"]):
         low, high = run["fit"]["exponent_interval"]

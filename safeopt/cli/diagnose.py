@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -37,7 +37,9 @@ def diagnose(
     lora_alpha: Annotated[int, typer.Option(help="Scale of the adapter.")] = _DEFAULTS.lora_alpha,
     batch_size: Annotated[int, typer.Option(help="Examples of a batch.")] = _DEFAULTS.batch_size,
     batches: Annotated[int, typer.Option(help="Training batches to look at, at least 2.")] = 4,
-    max_length: Annotated[int, typer.Option(help="Tokens after which an example is cut.")] = 256,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens after which an example is cut; fewer are faster.")
+    ] = 128,
     rank: Annotated[
         int | None, typer.Option(help="Directions of the subspace; 16, or half of the examples.")
     ] = None,
@@ -93,9 +95,12 @@ def _diagnose(config: InputConfig, batches: int, rank: int | None, examples: int
 
 def show(result: Diagnosis, to: Console) -> None:
     """Print a diagnosis: the conditions, the layers that matter most, the verdict."""
-    table = Table(
-        box=box.SIMPLE_HEAD, title="Alignment Instability Condition", title_justify="left"
-    )
+    style: dict[str, Any] = {
+        "box": box.SIMPLE_HEAD,
+        "title_justify": "left",
+        "padding": (0, 0, 0, 1),
+    }
+    table = Table(title="Alignment Instability Condition", **style)
     table.add_column("condition", no_wrap=True)
     for name in ("value", "95% interval", "threshold", "holds"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -103,9 +108,9 @@ def show(result: Diagnosis, to: Console) -> None:
     for condition in result.conditions:
         low, high = condition.interval
         table.add_row(
-            condition.name.replace("_", " "), f"{condition.value:.3g}",
-            f"{low:.3g} – {high:.3g}",
-            f"{sides.get(condition.name, 'at most')} {condition.threshold:.3g}",
+            condition.name.replace("_", " "), f"{condition.value:.2g}",
+            f"{low:.2g} – {high:.2g}",
+            f"{sides.get(condition.name, 'at most')} {condition.threshold:.2g}",
             ("yes" if condition.holds else "no") + ("" if condition.certain else ", unsure"),
         )  # fmt: skip
     to.print(table)
@@ -117,16 +122,16 @@ def show(result: Diagnosis, to: Console) -> None:
         "(a right angle is 1.571).",
         highlight=False,
     )
-    layers = Table(box=box.SIMPLE_HEAD, title="Where the safety curvature is", title_justify="left")
-    layers.add_column("layer")
-    for name in ("parameters", "of the curvature", "of the task's gradient"):
+    layers = Table(title="Where the safety curvature is", **style)
+    layers.add_column("layer", overflow="fold")
+    for name in ("parameters", "curvature", "task gradient"):
         layers.add_column(name, justify="right")
     for layer in sorted(result.layers, key=lambda layer: -layer.curvature)[:8]:
         layers.add_row(
             layer.name, f"{layer.parameters:,}", f"{layer.curvature:.1%}", f"{layer.gradient:.1%}"
         )
     to.print(layers)
-    style = _RISKS.get(result.verdict.risk, "bold")
-    to.print(f"[{style}]{result.verdict.risk}[/]: {result.verdict.text}", highlight=False)
+    color = _RISKS.get(result.verdict.risk, "bold")
+    to.print(f"[{color}]{result.verdict.risk}[/]: {result.verdict.text}", highlight=False)
     for note in result.verdict.notes:
         to.print(f"- {note}", highlight=False, style="dim")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which people with any kind of color vision can tell apart.
-ORANGE, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#555555"
+ORANGE, BLUE, GREEN, PINK, GREY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#555555"
 _STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -76,7 +76,7 @@ def curve_plot(
     y_name: str,
     *,
     lines: Mapping[str, float] | None = None,
-    logarithmic: bool = False,
+    logarithmic: Literal["", "y", "xy"] = "",
 ) -> Figure:
     """Named curves; the first is measured (points), the others are predictions (dashes).
 
@@ -85,15 +85,15 @@ def curve_plot(
         x_name: label of the horizontal axis.
         y_name: label of the vertical axis.
         lines: levels to mark, by name.
-        logarithmic: whether both axes are.
+        logarithmic: which axes are.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _plot(y_name, x_name)
-        styles = [("o-", ORANGE), ("--", GREY), (":", BLUE), ("-.", GREEN)]
+        styles, colors = ("o-", "--", ":", "-."), (ORANGE, GREY, BLUE, GREEN, PINK)
         for index, (name, points) in enumerate(curves.items()):
-            style, color = styles[index % len(styles)]
+            style, color = styles[index % len(styles)], colors[index % len(colors)]
             if logarithmic:
-                points = [(x, y) for x, y in points if x > 0 and y > 0]
+                points = [(x, y) for x, y in points if y > 0 and (x > 0 or logarithmic == "y")]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=4)
         for name, level in (lines or {}).items():
@@ -103,8 +103,11 @@ def curve_plot(
                 color="0.4", fontsize=9,
             )  # fmt: skip
         if logarithmic:
-            axes.set_xscale("log")
             axes.set_yscale("log")
+        if logarithmic == "xy":
+            axes.set_xscale("log")
+        else:  # steps, blocks and indices are whole numbers
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=9)
         return figure
 

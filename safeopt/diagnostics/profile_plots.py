@@ -26,7 +26,7 @@ def profile_plots(profile: dict[str, Any], run: dict[str, Any]) -> dict[str, Fig
             },
             "index",
             "eigenvalue of the safety curvature",
-            logarithmic=True,
+            logarithmic="y",
         ),
         "layers": curve_plot(
             {"after": _by_block(after), "before": _by_block(before)},

@@ -84,7 +84,11 @@ def page(result: Diagnosis, config: dict[str, Any]) -> str:
     conditions = []
     for condition in result.conditions:
         title, side, meaning = _CONDITIONS[condition.name]
-        conditions.append({**asdict(condition), "title": title, "side": side, "meaning": meaning})
+        # Without the second condition alignment moves at once: that is no good news.
+        harmful = condition.holds or result.verdict.risk == "at risk at once"
+        tone = ("bad" if harmful else "good") if condition.certain else "warn"
+        words = {"title": title, "side": side, "meaning": meaning, "tone": tone}
+        conditions.append(asdict(condition) | words)
     evidence = result.evidence
     return environment.get_template("report.html.j2").render(
         config=config,
