@@ -88,10 +88,11 @@ def diagnosed(config: RunConfig) -> Diagnosis:
 
 
 def predictions(diagnosis: Diagnosis, learning_rate: float, steps: int) -> dict[str, float]:
-    """What the diagnosis foretells for a run, by two forecasts."""
+    """What the diagnosis foretells for a run, and what the learning rate alone does."""
     figures = diagnosis.figures
     law = OnsetForecast(figures.coupling, figures.drift, learning_rate)
     return {
+        "learning_rate": learning_rate,
         "onset_law": law.rise(steps),
         "coupling_alone": OnsetForecast(figures.coupling, 0.0, learning_rate).rise(steps),
         "adam_lookahead": adam_rise(diagnosis.evidence, learning_rate, steps),

@@ -31,6 +31,7 @@ from safeopt.diagnostics.plots import curve_plot
 from safeopt.diagnostics.scaling_law import OnsetForecast, fit_onset
 
 TINY = os.environ.get("SAFEOPT_TINY") == "1"
+ROUNDING = 1e-13  # of the KL divergence in float64
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
@@ -143,7 +144,7 @@ def transformer() -> list[dict[str, Any]]:
     model = small_transformer()
     harmful, task = sentences(4, 1, [3, 4, 5], seed=0), sentences(16, 2, None, seed=1)
     aligning = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60 if TINY else 150):  # it refuses, and half knows the task
+    for _ in range(60):  # it refuses, and half knows the task
         aligning.zero_grad()
         loss = model(**harmful).loss + 0.3 * model(**task).loss
         loss.backward()
@@ -200,7 +201,7 @@ def descend(
     probe = safeopt.SafetyProbe(model, [harmful], loss="kl")
     probe.value()  # the reference is the model as it is now
     optimizer = torch.optim.SGD(model.parameters(), lr=5e-4)
-    steps = 120 if TINY else 1000
+    steps = 120 if TINY else 250
     looks = sorted({int(x) for x in np.geomspace(8, steps, 25)})
     curve = []
     for step in range(1, steps + 1):
@@ -211,8 +212,8 @@ def descend(
                 assert p.grad is not None
                 p.grad -= part
         optimizer.step()
-        if step in looks:
-            curve.append((step, probe.value()))
+        if step in looks and (rise := probe.value()) > ROUNDING:
+            curve.append((step, rise))
     return curve
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, which people with any kind of color vision can tell apart.
 ORANGE, BLUE, GREEN, PINK, GREY = "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#555555"
@@ -107,8 +108,11 @@ def curve_plot(
         if logarithmic == "xy":
             axes.set_xscale("log")
         else:  # steps, blocks and indices are whole numbers
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=9)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(curves) > 4:
+            figure.legend(loc="outside right upper", fontsize=8)
+        else:
+            axes.legend(fontsize=9)
         return figure
 
 
