@@ -53,6 +53,8 @@ def diagnose(
         for name in ("out", "batches", "rank", "examples"):
             config.pop(name)
         inputs = InputConfig(**config)
+        if batches < 2:
+            raise ValueError(f"batches={batches}: an interval needs at least two")
         if out is not None and out.exists() and not out.is_dir():
             raise ValueError(f"out={out}: it is a file; expected a folder")
         result = _diagnose(inputs, batches, rank, examples)
