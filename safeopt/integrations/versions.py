@@ -12,7 +12,7 @@ OLDEST: Mapping[str, str] = {
     "peft": "0.14",
     "trl": "0.16",
     "lightning": "2.4",
-    "bitsandbytes": "0.45",
+    "bitsandbytes": "0.46",
 }
 
 
