@@ -152,6 +152,10 @@ def test_nothing_is_left_behind_and_passes_are_counted():
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert result.evidence.passes["safety_forward"] == 1
+    more = diagnose(probe, [safety_batch(seed=1)] * 3, resamples=5).evidence.passes
+    few = result.evidence.passes
+    assert more["task_forward"] - few["task_forward"] == 2, "a gradient and a product, no trial"
+    assert more["task_backward"] - few["task_backward"] == 3
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     assert seen[-1][1] < seen[-1][2]
 

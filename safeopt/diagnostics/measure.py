@@ -147,21 +147,18 @@ def measure(
         sum((float(w) * g for w, g in zip(shares, parts, strict=True)), torch.zeros_like(parts[0]))
         for parts in zip(*gradients, strict=True)
     ]
-    bent, kind = [], None
-    total_bending = [torch.zeros_like(part) for part in mean]
+    bent, total_bending = [], [torch.zeros_like(part) for part in mean]
+    operator = HessianOperator(probe.model, task[:1], task_loss, params=params)
     for index, batch in enumerate(task):
         listener("Hessian-vector products", 1 + len(task) + index, total)
-        operator = HessianOperator(
-            probe.model, [batch], task_loss, params=params, products=kind or "auto"
-        )
-        kind = operator.chosen_products()
-        product = operator.matvec(mean)
+        kind = operator.chosen_products()  # found out once, on the first batch
+        product = operator.on([batch]).matvec(mean)
         for sum_of, part in zip(total_bending, product, strict=True):
             sum_of += float(shares[index]) * part
         bent.append(along(rows, product))
-        counts = operator.counts
-        passes["task_forward"] += counts.forward
-        passes["task_backward"] += counts.backward + counts.double_backward
+    counts = operator.counts
+    passes["task_forward"] += counts.forward
+    passes["task_backward"] += counts.backward + counts.double_backward
     listener("figures", total - 1, total)
     stacked = [torch.stack(parts) for parts in zip(*gradients, strict=True)]
     return Evidence(
@@ -179,7 +176,7 @@ def measure(
         update_norms=torch.tensor(update_norms, dtype=torch.float64),
         bending=torch.stack(bent, dim=1),
         bending_norm=_norm(total_bending),
-        products=str(kind),
+        products=kind,
         passes=passes,
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss
 from safeopt.curvature.products import Kind, Product, Site, choose
 from safeopt.isolation import untouched
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Weighed(Protocol):
@@ -85,6 +89,12 @@ class VectorwiseOperator(CurvatureOperator[ProductPart]):
                     self.products, self._site, lambda kind: self._product(kind, examples)[0]
                 )
         return self._kind
+
+    def on(self, batches: Iterable[Any]) -> Self:
+        """The same operator on other batches: choice of backend and counts are shared."""
+        other = copy.copy(self)
+        other._batches, other._parts = batches, None
+        return other
 
     def _part(self, batch: Any, index: int) -> ProductPart:
         return ProductPart(*self._product(self.chosen_products(), batch))
