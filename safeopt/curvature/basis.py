@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.flat import FlatBlocks
-from safeopt.distributed import ALONE, Layout, local
+from safeopt.distributed import ALONE, Layout, local, locals_of
 from safeopt.rows import GradientRows, as_matrix, flat_products, mixed, row_dtype
 from safeopt.rows import inner_products as inner_products
 
@@ -180,10 +180,10 @@ class DenseBasis:
         """
         return self.coordinates_together([tensors])[0]
 
+    @torch.no_grad()
     def coordinates_together(self, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """`coordinates` of several vectors, shape ``(l, k)``: one reading of U, one all-reduce."""
-        parts = [[None if t is None else local(t.detach()) for t in v] for v in vectors]
-        return self.layout.sum(self._flat.products(parts))
+        return self.layout.sum(self._flat.products([locals_of(v) for v in vectors]))
 
     @torch.no_grad()
     def expand_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
@@ -193,7 +193,7 @@ class DenseBasis:
             tensors: one for each parameter; changed in place in their own dtype.
             coordinates: shape ``(k,)``.
         """
-        self._flat.add_into([local(tensor) for tensor in tensors], coordinates)
+        self._flat.add_into([t for t in locals_of(tensors) if t is not None], coordinates)
 
     def inner(self, other: DenseBasis) -> Tensor:
         """Return UᵀW, the inner products with another basis; shape ``(k, k_other)``, float64."""

@@ -38,7 +38,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from safeopt.curvature.bases import empty_basis
-from safeopt.distributed import Layout, local
+from safeopt.distributed import Layout, locals_of
 from safeopt.optim.estimate import basis_kind
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
@@ -248,7 +248,7 @@ class _Protection:
             TypeError: for sparse gradients.
             FloatingPointError: if one is not finite and the policy is to raise.
         """
-        gradients = [local(p.grad) for p in params if p.grad is not None]
+        gradients = [g for g in locals_of([p.grad for p in params]) if g is not None]
         if any(g.layout != torch.strided for g in gradients):
             raise TypeError(
                 "params: sparse gradients cannot be protected; use protect=False, or layers with "
@@ -321,11 +321,12 @@ def _check_groups(optimizer: Optimizer) -> None:
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all numbers are finite; reads each once."""
-    filled = [t.detach() for t in tensors if t.numel()]
+    filled = [t for t in tensors if t.numel()]
     # The 2-norm is much faster than the largest entry, but that of finite numbers can overflow.
     return not filled or _finite_norms(filled, 2) or _finite_norms(filled, torch.inf)
 
 
+@torch.no_grad()
 def _finite_norms(tensors: list[Tensor], order: float) -> bool:
     norms = torch._foreach_norm(tensors, order)
     return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())
