@@ -62,6 +62,15 @@ def place(description: str | None) -> Place:
     )
 
 
+def same_on_all_ranks(here: Place) -> Place:
+    """What the first process has been told, or made, for all processes of a group."""
+    import torch.distributed as dist
+
+    shared = [here]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
 def write_world(folder: Path) -> None:
     """A random Llama that knows a few words, and data made of them."""
     import torch

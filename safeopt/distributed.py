@@ -132,6 +132,14 @@ class Layout:
         """Whether this process holds parts of the parameters only."""
         return any(part is not None for part in self.parts)
 
+    def require_whole(self, what: str) -> None:
+        """Raise a TypeError that names ``what`` if this process holds parts only."""
+        if self.sharded:
+            raise TypeError(
+                f"{what}: it needs whole parameters, and these are sharded; run it before "
+                "fully_shard, or on one process"
+            )
+
     def sum(self, values: Tensor) -> Tensor:
         """Complete sums over the parameters: one all-reduce of ``values``, in place.
 

@@ -242,6 +242,7 @@ class SafetyProbe:
             Losses ``(m,)`` and the gradients, in the order of ``indices``. Memory: the layers'
             inputs and output gradients at the examples' tokens, see `safeopt.factored`.
         """
+        self.layout(params).require_whole("factored gradients")
         chosen = self._check(indices)
         self._prepare_for(params)
         parts = []

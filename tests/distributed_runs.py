@@ -341,6 +341,10 @@ def refusals() -> dict[str, str]:
     found["fsdp1"] = failure(lambda: ProjectedAdamW(
         flat.parameters(), probe=SafetyProbe(flat, [safety_batch()])
     ))  # fmt: skip
+    model, optimizer = start("fsdp")
+    found["factored gradients"] = failure(
+        lambda: optimizer.safety.probe.factored(trainable(model), [0])
+    )
     mesh = init_device_mesh("cpu", (ranks(), 1))
     tensor = distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0), Shard(1)])
     found["tensor parallel"] = failure(lambda: Layout.of([nn.Parameter(tensor)]))

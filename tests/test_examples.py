@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ WRITES = {
     "two_pass": "adapter_model.safetensors",
     "watch": "checkpoint-4/adapter_model.safetensors",
 }
+DISTRIBUTED = {"ddp": "optimizer.pt", "fsdp2": ".metadata"}
 
 
 @pytest.fixture
@@ -48,6 +51,18 @@ def test_an_example_runs(name, tiny, monkeypatch):
     assert (tiny / WRITES[name]).is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_an_example_of_several_processes_runs(name, tiny):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", str(FOLDER / f"{name}.py"), "--out", str(tiny)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "alignment loss at the end" in done.stdout
+    assert (tiny / DISTRIBUTED[name]).is_file()
+
+
 def test_the_list_of_examples_names_them_all():
     listed = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}.py`" in listed for name in WRITES)
+    assert all(f"`{name}.py`" in listed for name in (*WRITES, *DISTRIBUTED))
