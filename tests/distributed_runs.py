@@ -216,13 +216,19 @@ def traffic(layout: str) -> dict[str, Any]:
     train(model, optimizer, 0, 1)
     steps = []
     for step in range(1, 2 * EVERY + 1):
-        k = optimizer.safety.subspace.rank
+        safety = optimizer.safety
+        k, seen = safety.subspace.rank, safety.rota.drawn + safety.rota.held_drawn
         backward(model, step)
         with Collectives() as collectives:
             optimizer.step()
-        refreshed = optimizer.safety.last_refresh == step + 1
-        after = optimizer.safety.subspace.rank
-        steps.append({"k": k, "after": after, "refreshed": refreshed, "calls": collectives.calls})
+        steps.append(
+            {
+                "k": k,
+                "after": safety.subspace.rank,
+                "examples": safety.rota.drawn + safety.rota.held_drawn - seen,
+                "calls": collectives.calls,
+            }
+        )
         optimizer.zero_grad()
     return {"steps": steps, "numbers": sum(p.numel() for p in trainable(model))}
 

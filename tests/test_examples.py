@@ -55,7 +55,7 @@ def test_an_example_runs(name, tiny, monkeypatch):
 @pytest.mark.parametrize("name", DISTRIBUTED)
 def test_an_example_of_several_processes_runs(name, tiny):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", str(FOLDER / f"{name}.py"), "--out", str(tiny)]
+    command += ["--standalone", str(FOLDER / f"{name}.py"), "--out", str(tiny)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
