@@ -116,12 +116,12 @@ def measure(
         examples: indices of the safety examples.
         listener: told about progress.
 
-    Raises:
-        TypeError: if the parameters are sharded.
-
     Returns:
         The evidence. Memory: m·n numbers, or the factors of `safeopt.factored` where these are more
         than 1 GiB, and B·n numbers of task gradients; n numbers for each Hessian-vector product.
+
+    Raises:
+        TypeError: if the parameters are sharded.
     """
     probe.layout(params).require_whole("diagnose")
     total = 2 * len(task) + 2
