@@ -286,25 +286,27 @@ def with_token_layer(model: nn.Module) -> None:
     model.model.layers[0].mlp = OnTokens(model.model.layers[0].mlp)
 
 
-def restored_after_evaluation() -> tuple[float, float]:
-    """A forward pass leaves whole weights in place; `restore` and the pass after it see parts."""
-    model, optimizer = start("fsdp", mode="none", budget=0.0)
-    train(model, optimizer, 0, EVERY - 1)
-    optimizer.safety._reference_odds = 13.0  # all is lost, so that there is a step to take
+def written_after_evaluation() -> tuple[float, float]:
+    """A forward pass leaves whole weights in place; what is written to the parts is seen after it.
+
+    Returns:
+        How far the safety losses move by the writing, and how far they are from a plain model's.
+    """
+    model, optimizer = start("fsdp")
+    train(model, optimizer, 0, 2)
+    safety, params = optimizer.safety, optimizer.param_groups[0]["params"]
     ids = torch.arange(4, 12).unsqueeze(0)
     with torch.no_grad():
         model(input_ids=ids)
-    before = [whole(p) for p in optimizer.param_groups[0]["params"]]
-    optimizer.restore()
-    with torch.no_grad():
-        seen = model(input_ids=ids).logits
-    model.reshard()
+        optimizer.restore()
+        before = safety.probe.values()
+        model(input_ids=ids)
+        safety.subspace.shift(params, torch.full((safety.subspace.rank,), 0.1))
+        after = safety.probe.values()
     plain = tiny_llama(dtype=torch.float64)
     plain.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
-    moved = max(
-        float((whole(p) - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)
-    )
-    return moved, float((plain(input_ids=ids).logits - seen).abs().max())
+    expected = SafetyProbe(plain, [safety_batch(), safety_batch(seed=1)]).values()
+    return float((after - before).abs().max()), float((after - expected).abs().max())
 
 
 def not_finite_on_one_rank() -> tuple[str, bool]:

@@ -51,7 +51,7 @@ TASKS = {
         "swapped": (work.run_swapped,),
         "gradients": (work.gradients_of, work.untouched),
         "gradients by a loop": (work.gradients_of, work.with_token_layer),
-        "evaluated": (work.restored_after_evaluation,),
+        "evaluated": (work.written_after_evaluation,),
         "not finite": (work.not_finite_on_one_rank,),
         "refusals": (work.refusals,),
     },
@@ -187,8 +187,8 @@ def test_gradients_of_a_sharded_model(results, task, looped):
 
 def test_passes_see_what_was_written_to_the_parts(results):
     for moved, gap in results(2)["evaluated"]:
-        assert moved > 1e-4
-        assert gap < 1e-12
+        assert moved > 1e-2
+        assert gap < 1e-6
 
 
 def test_an_overflow_on_one_rank_stops_all(results):
