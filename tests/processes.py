@@ -37,7 +37,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(120)
+            worker.join(500)  # most of it waiting, where many share a processor
         for worker in workers:
             if worker.is_alive():
                 worker.kill()
