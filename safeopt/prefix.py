@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from safeopt.losses import IGNORE, Batch, forward_arguments
 
@@ -41,6 +40,8 @@ def share_prefix(model: nn.Module, batch: Batch) -> dict[str, Any]:
     shared = _common(batch) if _can_share(model, batch) else 0
     if shared < _WORTHWHILE:
         return dict(batch)
+    from transformers import DynamicCache  # models of other libraries do without it
+
     cache = DynamicCache()
     first = ids[0, width - int(mask[0].sum()) :]
     model(input_ids=first[:shared][None], past_key_values=cache, use_cache=True, logits_to_keep=1)
