@@ -153,6 +153,7 @@ def save(folder: Path, layout: str, name: str, middle: int, options: dict[str, A
         optimizer.eval()
     states = get_state_dict(model, optimizer)
     dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
+    assert not any("safety_basis" in state for state in optimizer.state.values())
     states = get_state_dict(
         model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )

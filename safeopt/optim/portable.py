@@ -60,7 +60,9 @@ def hide_basis(
     for p, block in zip(params, blocks, strict=True):
         padding = block.new_zeros((rank - len(block), *block.shape[1:]))
         padded = _spread(torch.cat([block, padding]), p)
-        state["state"].setdefault(keys[id(p)], {})[_BASIS] = padded
+        # A new entry: the one that is there is the optimizer's own, which must not keep the basis.
+        own = state["state"].get(keys[id(p)], {})
+        state["state"][keys[id(p)]] = {**own, _BASIS: padded}
 
 
 def reveal(state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor]) -> dict[str, Any]:

@@ -280,7 +280,7 @@ def _load(
     optimizer: Optimizer, protection: _Protection, state_dict: dict[str, Any], *args: Any, **kw: Any
 ) -> None:
     """An optimizer's own ``load_state_dict``, which may not call its hooks (bitsandbytes's)."""
-    protection.check(optimizer, state_dict)
+    state_dict = protection.check(optimizer, state_dict)
     type(optimizer).load_state_dict(optimizer, state_dict, *args, **kw)
     protection.load(optimizer)
 
