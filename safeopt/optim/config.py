@@ -84,8 +84,9 @@ class SafetyConfig:
 
     @property
     def largest_rank(self) -> int:
-        """The largest number of directions that the examples of the window can span."""
-        return min(self.rank, self.window)
+        """The largest number of directions that the window or one refresh's examples can span."""
+        look = self.examples + max(1, self.examples // 2)  # safety and held ones
+        return min(self.rank, max(self.window, look))
 
 
 def _at_least(name: str, value: float, low: float, why: str) -> None:
