@@ -175,7 +175,7 @@ def load_state(
         vectors = {
             "position": small["position"],
             "taken_back": small["taken_back"],
-            "held_targets": small["held_targets"],
+            "held_targets": _copy(stored["held_targets"], torch.device("cpu")),
             **{name: _copy(stored[name], device) for name in _OPTIONAL},
         }
         geometry.probe.restore_reference(state["kl_reference"])
