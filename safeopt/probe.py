@@ -103,10 +103,10 @@ class SafetyProbe:
             raise ValueError(
                 'held: harmless prompts are held by the likelihood of their refusal; use loss="nll"'
             )
-        self._examples = [example for batch in batches for example in _split(batch)]
+        self._examples = [example for batch in batches for example in _split(batch, "batches")]
         if not self._examples:
             raise ValueError("batches: no safety example given; at least one is needed")
-        held_examples = [example for batch in held for example in _split(batch)]
+        held_examples = [example for batch in held for example in _split(batch, "held")]
         self.held_count = len(held_examples)
         self._examples += held_examples
         keys = {tuple(sorted(example)) for example in self._examples}
@@ -420,24 +420,24 @@ def _named_loss(loss: str | AlignmentLoss) -> AlignmentLoss:
     return loss
 
 
-def _split(batch: Batch) -> list[dict[str, Tensor]]:
-    """The examples of a batch, each without its padding."""
+def _split(batch: Batch, argument: str) -> list[dict[str, Tensor]]:
+    """The examples of a batch of an argument, each without its padding."""
     if "input_ids" not in batch or "labels" not in batch:
         raise ValueError(
-            f"batches: a safety batch has the keys {sorted(batch)}; input_ids and labels are needed"
+            f"{argument}: a batch has the keys {sorted(batch)}; input_ids and labels are needed"
         )
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
     for name, tensor in batch.items():
         if tensor.shape[:1] != ids.shape[:1]:
             raise ValueError(
-                f"batches: {name} has {tuple(tensor.shape)} beside input_ids {tuple(ids.shape)}; "
-                "every tensor needs one row for each example"
+                f"{argument}: {name} has {tuple(tensor.shape)} beside input_ids "
+                f"{tuple(ids.shape)}; every tensor needs one row for each example"
             )
     for name in ("labels", "attention_mask"):
         if name in batch and batch[name].shape != ids.shape:
             raise ValueError(
-                f"batches: {name} has shape {tuple(batch[name].shape)}, input_ids "
+                f"{argument}: {name} has shape {tuple(batch[name].shape)}, input_ids "
                 f"{tuple(ids.shape)}; they must be equal"
             )
     examples = []
@@ -449,7 +449,7 @@ def _split(batch: Batch) -> list[dict[str, Tensor]]:
         }
         if not bool((example["labels"][1:] != IGNORE).any()):
             raise ValueError(
-                f"batches: example {row} has no refusal token (all labels are {IGNORE})"
+                f"{argument}: example {row} has no refusal token (all labels are {IGNORE})"
             )
         examples.append(example)
     return examples

@@ -267,7 +267,7 @@ EMPTY = torch.full_like(BATCH["labels"], -100)
             {"batches": [broken("attention_mask", EMPTY[:, 1:])]},
         ),
         (ValueError, "example 0 has no refusal token", {"batches": [broken("labels", EMPTY)]}),
-        (ValueError, "example 0 has no refusal token", {"held": [broken("labels", EMPTY)]}),
+        (ValueError, "held: example 0 has no refusal token", {"held": [broken("labels", EMPTY)]}),
         (ValueError, "batches: .*different keys", {"batches": [BATCH, broken("extra", EMPTY)]}),
         (ValueError, 'loss="ce"', {"loss": "ce"}),
         (TypeError, "loss=3", {"loss": 3}),

@@ -124,6 +124,7 @@ def test_small_drift_saves_most_of_the_products():
     [
         ({"keep_below": 0.6}, "keep_below=0.6, cold_above=0.5"),
         ({"keep_below": -0.1}, "keep_below=-0.1"),
+        ({"test_products": 0}, "test_products=0"),
     ],
 )
 def test_errors_name_the_argument(options, message):

@@ -105,7 +105,7 @@ class EigenspaceTracker:
         keep_below: drift up to which the old basis is kept; at least 0.
         cold_above: drift from which the old basis is not worth starting from; not below
             ``keep_below``.
-        test_products: products of a test.
+        test_products: products of a test, at least 1.
         seed: of random vectors.
 
     Attributes:
@@ -113,7 +113,8 @@ class EigenspaceTracker:
         counts: products by kind.
 
     Raises:
-        ValueError: if a threshold is out of its range; of `lanczos`, in `update`.
+        ValueError: if a threshold or ``test_products`` is out of its range; of `lanczos`, in
+            `update`.
     """
 
     def __init__(
@@ -132,6 +133,8 @@ class EigenspaceTracker:
                 f"keep_below={keep_below}, cold_above={cold_above}: expected "
                 "0 <= keep_below <= cold_above"
             )
+        if test_products < 1:
+            raise ValueError(f"test_products={test_products}: a test takes at least one product")
         self.rank = rank
         self.which: Which = which
         self.tolerance = tolerance
