@@ -140,7 +140,7 @@ class DenseBasis:
     def from_state(
         cls, state: Mapping[str, Any], params: Sequence[Tensor], layout: Layout = ALONE
     ) -> DenseBasis:
-        """The basis of a `state_dict`, on the parameters' devices; its tensors are not copied.
+        """The basis of a `state_dict`, on the parameters' devices; its tensors are copied.
 
         Raises:
             ValueError: if it does not fit the parameters.

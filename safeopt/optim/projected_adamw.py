@@ -150,7 +150,7 @@ class ProjectedAdamW(torch.optim.AdamW):
         """Measure the alignment loss now and restore it where it exceeds the budget.
 
         Returns:
-            The measurement, with the loss before and after. Cost: at most one refresh and a line
-            search; nothing if no step was taken since the last refresh.
+            The last measurement, with the loss before and after. Cost: see
+            `SafetyGeometry.restore`; nothing if no step was taken since the last call.
         """
         return restore(self, self.safety)

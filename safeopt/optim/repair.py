@@ -46,7 +46,7 @@ logger = logging.getLogger("safeopt")
 
 # κ: how much longer (squared) a direction counts along which the task is as sharp as on average.
 _TASK_WEIGHT = 1000.0
-# The last steps go the whole way, the two before them a half and a third of it.
+# The last steps go the whole way, the two before them a third and a half of it.
 _GRADUAL = 3
 _LENGTHS = (1.0, 0.5, 0.25)
 # The share of the task examples that is kept to measure what repairing costs.

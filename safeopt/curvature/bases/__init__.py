@@ -95,7 +95,7 @@ def empty_basis(kind: str, params: Sequence[Tensor], layout: Layout = ALONE) -> 
 def basis_from_state(
     state: Mapping[str, Any], params: Sequence[Tensor], layout: Layout = ALONE
 ) -> Basis:
-    """The basis of a `Basis.state_dict`, on the parameters' devices; its tensors are not copied.
+    """The basis of a `Basis.state_dict`, on the parameters' devices; `dense` alone copies them.
 
     Raises:
         ValueError: if the state is no basis, or does not fit the parameters.
