@@ -6,7 +6,6 @@ diagnosis of the same start and the same data predicts for them. Only the order 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from benchmarks.tasks import batches, material, single_batches
 from safeopt import Diagnosis, SafetyProbe, diagnose
 from safeopt.diagnostics.lookahead import adam_rise
 from safeopt.diagnostics.scaling_law import OnsetForecast, fit_onset
+from safeopt.files import write_json
 
 RANKING = "ranking.json"
 _BATCHES = 4
@@ -71,7 +71,7 @@ def ranking(folders: Sequence[Path], out: Path, console: Console) -> dict[str, A
         "diagnoses": diagnoses,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / RANKING).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(out / RANKING, summary)
     _show(summary, console)
     return summary
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.config import ConfigError
+from safeopt.files import write_json
 
 FILE = "result.json"
 
@@ -183,8 +183,4 @@ def read_result(folder: Path) -> Result | None:
 def write_result(result: Result, folder: Path) -> Path:
     """Write the result in one step: a reader sees the old file or the new one, never a part."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
-    working = path.with_suffix(".json.partial")
-    text = json.dumps(result.model_dump(mode="json"), indent=1)
-    working.write_text(text + "\n", encoding="utf-8")
-    return working.replace(path)
+    return write_json(folder / FILE, result.model_dump(mode="json"))

@@ -7,7 +7,6 @@ choice.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.frontier import Outcome, nondominated
 from benchmarks.jobs import Executor
 from benchmarks.records import Record, Result
 from benchmarks.run import run
+from safeopt.files import write_json
 
 VAL, TEST, LONG = "val", "test", "long"
 CONFIG = "sweep.json"
@@ -49,7 +49,7 @@ def sweep(
     """
     points = tuple(point for method in config.methods for point in method.points())
     out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG).write_text(json.dumps(config.as_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(out / CONFIG, config.as_json())
     console.rule(f"val: {len(points)} grid points")
     # Methods may be added, and the retry of a failed run may change a choice.
     go_on = partial(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks.config import ConfigError
 from benchmarks.records import FILE
+from safeopt.files import write_whole
 
 DETAILS = "details.json"
 
@@ -115,9 +116,7 @@ class Details(Row):
 def write(record: BaseModel, path: Path) -> None:
     """Write a record in one step: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    working = path.with_suffix(".partial")
-    working.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    working.replace(path)
+    write_whole(path, record.model_dump_json(indent=1) + "\n")
 
 
 def read(folder: Path) -> tuple[CurvatureResult, Details]:

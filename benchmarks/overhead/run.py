@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from benchmarks.environment import environment
 from benchmarks.overhead import optimizer_step, training_step
 from benchmarks.overhead.timing import interleaved, milliseconds, ratio
 from benchmarks.records import FILE
+from safeopt.files import write_json
 
 # The largest ratio that counts as reached, see the table's last column.
 TARGETS = {
@@ -61,7 +61,7 @@ def run(config: RunConfig, out: Path, console: Console, rounds: int) -> dict[str
         "environment": environment(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(out / FILE, result)
     table = Table("figure", "measured", "in CPU time", "at most")
     for name, value in figures.items():
         table.add_row(

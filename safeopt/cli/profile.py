@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,11 +31,11 @@ def profile(
         found, result = _profile(run, safety, rank, examples)
         from safeopt.diagnostics.model_card import section, update_card
         from safeopt.diagnostics.profile_plots import profile_plots
-        from safeopt.diagnostics.report import write_whole
+        from safeopt.files import write_json, write_whole
 
         folder = out or run / "profile"
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "profile.json", json.dumps(result, indent=1) + "\n")
+        write_json(folder / "profile.json", result)
         write_whole(folder / "profile.md", section(result) + "\n")
         for name, figure in profile_plots(result, found.report).items():
             figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")

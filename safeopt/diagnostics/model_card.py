@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safeopt.files import write_whole
+
 _BEGIN, _END = "<!-- safeopt profile -->", "<!-- end of safeopt profile -->"
 _SECTION = re.compile(re.escape(_BEGIN) + r".*?" + re.escape(_END), re.DOTALL)
 
@@ -68,15 +70,16 @@ def update_card(path: Path, profile: dict[str, Any]) -> Path:
     """
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(path) if path.is_file() else ModelCard("---\nlibrary_name: peft\n---\n")
+    library = "transformers" if profile["run"]["full"] else "peft"
+    blank = f"---\nlibrary_name: {library}\n---\n"
+    card = ModelCard.load(path) if path.is_file() else ModelCard(blank)
     text, new = card.text, section(profile)
     if _SECTION.search(text):
         text = _SECTION.sub(lambda _: new, text, count=1)
     else:
         text = f"{text.rstrip()}\n\n{new}\n" if text.strip() else f"{new}\n"
     card.text = text
-    card.save(path)
-    return path
+    return write_whole(path, str(card))
 
 
 def _pair(before: dict[str, Any], after: dict[str, Any], key: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from safeopt.diagnostics.diagnosis import Diagnosis
 from safeopt.diagnostics.plots import data_uri, layer_plot, spectrum_plot
+from safeopt.files import write_json, write_whole
 
 DATA, PAGE = "aic.json", "report.html"
 
@@ -60,16 +60,8 @@ def write_report(result: Diagnosis, folder: Path, config: dict[str, Any]) -> Pat
         The path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"config": config, **result.as_json()}
-    write_whole(folder / DATA, json.dumps(data, indent=1) + "\n")
+    write_json(folder / DATA, {"config": config, **result.as_json()})
     return write_whole(folder / PAGE, page(result, config))
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file in one step: a reader sees the old file or the new one, never a part."""
-    working = path.with_name(path.name + ".partial")
-    working.write_text(text, encoding="utf-8")
-    return working.replace(path)
 
 
 def page(result: Diagnosis, config: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from safeopt.data import encode, read_examples
-from safeopt.finetuning.run import write_json
+from safeopt.files import write_json
 from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.optim.repair import RepairReport, repair

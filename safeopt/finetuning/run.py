@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from safeopt.data import collate
+from safeopt.files import write_json
 from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
 from safeopt.finetuning.inputs import alignment_loss
@@ -237,10 +238,3 @@ def _report(prepared: Prepared, trainer: Any, finished: bool, seconds: float) ->
         history = safety_of(prepared.optimizer).history
         report["measurements"] = [asdict(measurement) for measurement in history]
     return report
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    working = path.with_name(path.name + ".partial")
-    working.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    working.replace(path)

@@ -1,0 +1,27 @@
+"""Text files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file in one step: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file; its folder exists.
+        text: what it shall hold, written as UTF-8.
+
+    Returns:
+        The path.
+    """
+    working = path.with_name(path.name + ".partial")
+    working.write_text(text, encoding="utf-8", newline="\n")
+    return working.replace(path)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write plain data as JSON, see `write_whole`."""
+    return write_whole(path, json.dumps(value, indent=1) + "\n")
