@@ -18,6 +18,8 @@ from safeopt.cli import app
 from safeopt.diagnostics.model_card import section, update_card
 from safeopt.diagnostics.overlap import overlap_scores
 from safeopt.diagnostics.profile import adapter_change, curvature_profile, full_change
+from safeopt.files import write_json
+from safeopt.finetuning.finished import load_finished
 
 SCHEMA = json.loads(
     (package_files("safeopt.diagnostics") / "schemas/profile-1.schema.json").read_text()
@@ -124,3 +126,12 @@ def test_a_run_is_profiled_from_its_folder(files, tmp_path):
     wrong = CliRunner().invoke(app, ["profile", "--run", str(files)])
     assert wrong.exit_code == 2
     assert "there is no run.json" in wrong.output.replace("\n", "")
+
+
+def test_a_run_that_goes_on_is_not_profiled_by_its_earlier_adapter(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    write_json(tmp_path / "run.json", {"finished": False, "config": {"full": False}})
+    with pytest.raises(FileNotFoundError, match="did not finish"):
+        load_finished(tmp_path, None, 8)
+    with pytest.raises(ValueError, match="examples=1: "):
+        load_finished(tmp_path, None, 1)

@@ -55,6 +55,8 @@ def diagnose(
         inputs = InputConfig(**config)
         if batches < 2:
             raise ValueError(f"batches={batches}: an interval needs at least two")
+        if examples < 2:
+            raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
         if out is not None and out.exists() and not out.is_dir():
             raise ValueError(f"out={out}: it is a file; expected a folder")
         result = _diagnose(inputs, batches, rank, examples)

@@ -126,7 +126,7 @@ class SafetyMonitor:
 
     Cost: a measurement is a forward pass over ``examples`` short prompts. Beside an unprotected
     optimizer, a basis of at most 32 numbers a parameter, 3·k·n multiplications a step, and after 4,
-    10, 25, 63, … steps a forward and a backward pass over at most three prompts. With
+    8, 16, … steps a forward and a backward pass over at most four prompts. With
     ``"rollback"``, one `Snapshot` in memory.
     """
 

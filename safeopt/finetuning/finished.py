@@ -40,21 +40,23 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
     Args:
         run: the folder that `safeopt finetune` has written.
         safety: JSON lines with harmful prompts; None takes the run's own.
-        examples: how many of them to use, at most; drawn by the run's seed.
+        examples: how many of them to use, at most, at least 2; drawn by the run's seed.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run, or a file is missing.
-        ValueError: if the safety prompts are not refused by the aligned model.
+        ValueError: if ``examples`` is below 2, or the aligned model does not refuse the prompts.
     """
     path = run / REPORT
     if not path.is_file():
         raise FileNotFoundError(
             f"run={run}: there is no {REPORT}; expected a folder that `safeopt finetune` wrote"
         )
+    if examples < 2:
+        raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
     report = json.loads(path.read_text(encoding="utf-8"))
     config = report["config"]
     folder = run / ("model" if config["full"] else "adapter")
-    if not folder.is_dir():
+    if not report["finished"] or not folder.is_dir():
         raise FileNotFoundError(f"run={run}: the run did not finish; continue it with --resume")
     source = safety or Path(config["safety"])
     prompts = read_examples(source, need_response=False)
