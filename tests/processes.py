@@ -34,13 +34,15 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
             _CONTEXT.Process(target=_work, args=(rank, ranks, folder, function, args))
             for rank in range(max(ranks, 1))
         ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(500)  # most of it waiting, where many share a processor
-        for worker in workers:
-            if worker.is_alive():
-                worker.kill()
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join(500)  # most of it waiting, where many share a processor
+        finally:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
         results = []
         for rank in range(len(workers)):
             failed = Path(folder, f"{rank}.txt")

@@ -42,12 +42,13 @@ def assert_same(left, right):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_runs_end_bit_identical(tmp_path):
+def test_killed_and_resumed_runs_end_bit_identical(tmp_path, request):
     """All optimizers at once, each in its own process, killed with SIGKILL in the middle of work.
 
     The step at which each is killed is random and different every time this test runs.
     """
     running = {}
+    request.addfinalizer(lambda: [process.kill() for process in running.values()])
     for name in BUILD:
         folder = tmp_path / name
         folder.mkdir()
@@ -57,7 +58,7 @@ def test_killed_and_resumed_runs_end_bit_identical(tmp_path):
         )  # fmt: skip
     for name, process in running.items():
         at = random.randint(3, STEPS - 1)
-        while int(process.stdout.readline()) < at:
+        while int(process.stdout.readline()) < at:  # ValueError: it has ended by itself
             pass
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 from accelerate.state import AcceleratorState
 
@@ -51,15 +52,45 @@ def test_an_example_runs(name, tiny, monkeypatch):
     assert (tiny / WRITES[name]).is_file()
 
 
+def launched(command, environment, seconds):
+    """Run a launcher to its end; if that does not come, its workers end with it.
+
+    torchrun gives each worker a session of its own, so they outlive a launcher that is killed.
+    """
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        try:
+            output, errors = launcher.communicate(timeout=seconds)
+        except BaseException:
+            workers = psutil.Process(launcher.pid).children(recursive=True)
+            for process in (launcher, *workers):
+                process.kill()
+            psutil.wait_procs(workers, timeout=10)
+            raise
+    return launcher.returncode, output, errors
+
+
+def test_workers_do_not_outlive_a_launcher_that_takes_too_long(tmp_path):
+    mark = tmp_path / "pid"
+    child = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))"
+    code = "import subprocess, sys; subprocess.run(sys.argv[1:], start_new_session=True)"
+    command = [sys.executable, "-c", code, sys.executable, "-c", f"{child}; time.sleep(60)"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        launched(command, os.environ, 5)
+    worker = int(mark.read_text())
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DISTRIBUTED)
 def test_an_example_of_several_processes_runs(name, tiny):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", str(FOLDER / f"{name}.py"), "--out", str(tiny)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "alignment loss at the end" in done.stdout
+    status, output, errors = launched(command, environment, 400)
+    assert status == 0, errors[-3000:]
+    assert "alignment loss at the end" in output
     assert (tiny / DISTRIBUTED[name]).is_file()
 
 
