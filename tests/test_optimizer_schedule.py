@@ -74,6 +74,15 @@ def test_held_examples_cost_a_share(name):
     assert len(window) == 4 + 2
 
 
+def test_a_look_may_be_larger_than_the_window():
+    """Held examples come on top of a window that only holds the safety examples."""
+    model, optimizer = build(
+        "ProjectedAdamW", held=True, refresh=RefreshPolicy.fixed(8), examples=4, window=4
+    )
+    run(model, optimizer, 8)
+    assert optimizer.safety.subspace.rank == optimizer.safety.config.largest_rank == 6
+
+
 @names
 def test_restore_measures_the_trial_examples(name):
     """Also right after a scheduled refresh; and again only after another step."""

@@ -69,3 +69,9 @@ def test_errors_name_the_argument(arguments, message):
 def test_policy_is_frozen():
     with pytest.raises(AttributeError):
         RefreshPolicy().first = 3
+
+
+@pytest.mark.parametrize("every", [0, 2.5])
+def test_errors_of_fixed_name_its_argument(every):
+    with pytest.raises(ValueError, match=f"every={every}"):
+        RefreshPolicy.fixed(every)

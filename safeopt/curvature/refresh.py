@@ -39,11 +39,12 @@ class RefreshPolicy:
     drift: float | None = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("first", "every"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of steps")
-        if self.first < 1:
-            raise ValueError(f"first={self.first}: a refresh needs at least one step (first >= 1)")
+        for name in ("every", "first"):  # `fixed` knows only the first of them
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ValueError(f"{name}={value}: expected a whole number of steps")
+            if value < 1:
+                raise ValueError(f"{name}={value}: a refresh needs a step ({name} >= 1)")
         if not 1 <= self.growth < math.inf:
             raise ValueError(f"growth={self.growth}: intervals cannot shrink (growth >= 1)")
         if self.every < self.first:
