@@ -164,7 +164,7 @@ class SafetyProbe:
 
         Args:
             params: parameters of the model that require a gradient.
-            indices: which examples; all by default.
+            indices: which examples; all safety examples by default.
 
         Returns:
             A(θ) and ∇A, one tensor for each parameter with its shape and dtype.
@@ -192,7 +192,7 @@ class SafetyProbe:
 
         Args:
             params: parameters of the model that require a gradient.
-            indices: which examples; all by default.
+            indices: which examples; all safety examples by default.
 
         Returns:
             Losses ``(m,)`` and, for each parameter, gradients ``(m, *p.shape)``, in the order of
@@ -236,7 +236,7 @@ class SafetyProbe:
 
         Args:
             params: parameters of the model that require a gradient.
-            indices: which examples; all by default.
+            indices: which examples; all safety examples by default.
 
         Returns:
             Losses ``(m,)`` and the gradients, in the order of ``indices``. Memory: the layers'
