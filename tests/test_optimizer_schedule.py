@@ -44,7 +44,7 @@ def test_refreshes_and_passes_are_exact(name):
     run(model, optimizer, 8)
     safety = optimizer.safety
     assert [entry.step for entry in safety.history] == [0, 3, 6]
-    assert [entry.examples for entry in safety.history] == [2, 2, 2]
+    assert [entry.examples for entry in safety.history] == [2, 3, 3]
     # The trial examples before fine-tuning, then three estimates.
     assert [backward for _, backward in seen] == [False] + [True] * 3
     assert_counted(safety.passes, seen)
@@ -52,26 +52,28 @@ def test_refreshes_and_passes_are_exact(name):
 
 
 @names
-def test_early_refreshes_take_an_example_for_two_steps(name):
+def test_refreshes_in_quick_succession_take_fewer_examples(name):
     model, optimizer = build(
-        name, refresh=RefreshPolicy.geometric(1, 2), examples=3, restore_alignment=False
+        name, refresh=RefreshPolicy.geometric(1, 2), examples=4, restore_alignment=False
     )
     run(model, optimizer, 17)
     assert [entry.step for entry in optimizer.safety.history] == [0, 1, 2, 4, 8, 16]
-    assert [entry.examples for entry in optimizer.safety.history] == [2, 2, 2, 2, 2, 3]
+    assert [entry.examples for entry in optimizer.safety.history] == [2, 2, 2, 2, 4, 4]
 
 
 @names
 def test_held_examples_cost_a_share(name):
-    """Half as many held examples as safety examples, in the same passes."""
-    model, optimizer = build(name, held=True, refresh=RefreshPolicy.fixed(2), budget=math.inf)
+    """Three held examples for four safety examples, in the same passes."""
+    model, optimizer = build(
+        name, held=True, refresh=RefreshPolicy.fixed(4), budget=math.inf, examples=4
+    )
     seen = record_passes(model)
-    run(model, optimizer, 2)
+    run(model, optimizer, 4)
     assert [backward for _, backward in seen] == [False, True, True]
     assert_counted(optimizer.safety.passes, seen)
     window = optimizer.safety.subspace.window
-    assert int(window.safety.sum()) == sum(e.examples for e in optimizer.safety.history) == 4
-    assert len(window) == 4 + 2
+    assert int(window.safety.sum()) == sum(e.examples for e in optimizer.safety.history) == 2 + 4
+    assert len(window) == 2 + 4 + 2 + 3
 
 
 def test_a_look_may_be_larger_than_the_window():

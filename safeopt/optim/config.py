@@ -26,11 +26,11 @@ class SafetyConfig:
             and the base optimizer runs as if it were alone. In mode ``"damp"`` it is κ = η/τ per
             mean eigenvalue; the other modes only distinguish zero from positive.
         budget: accepted rise of a safety example's loss, in nats a token, at least 0, over that
-            of an example with the mean log-odds before fine-tuning. Examples above it are brought
-            back to it at a refresh; ``mode="budget"`` keeps the surrogate below it in between.
+            of the firmest refusal among the examples seen before fine-tuning. Examples above it are
+            brought back to it at a refresh; ``mode="budget"`` keeps the surrogate below it in between.
         refresh: when to estimate anew.
-        examples: new safety examples at one refresh, at most, joined by half as many held ones; the
-            first look takes 2, early refreshes one for every two steps since the last. At least 1.
+        examples: new safety examples at one refresh, at most, joined by three held ones for four of
+            them; the first look and refreshes in quick succession take fewer, at least 2. At least 1.
         window: the number of latest examples whose gradients span the subspace, at least
             ``examples``.
         newton_damping: δ of the restoring step, see `safeopt.curvature.window`; positive.

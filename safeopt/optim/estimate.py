@@ -33,7 +33,7 @@ def estimate(
         probe: the examples.
         rota: whose turn it is.
         config: rank, window, storage and curvature.
-        count: number of safety examples; half as many held ones join them.
+        count: number of safety examples; for four of them, three held ones join them.
 
     Returns:
         The subspace, and the examples that were drawn. Cost: one forward and one backward pass on

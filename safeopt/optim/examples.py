@@ -61,9 +61,9 @@ class ExampleRota:
         self.held_drawn = 0
 
     def next(self, count: int) -> Look:
-        """The examples whose turn it is: ``count`` safety examples and half as many held ones."""
+        """The examples whose turn it is: ``count`` safety examples and, for four of them, three held ones."""
         safety = _turn(self._pool, self.drawn, count)
-        places = _turn(range(len(self._held)), self.held_drawn, max(1, count // 2))
+        places = _turn(range(len(self._held)), self.held_drawn, (3 * count + 2) // 4)
         return Look(safety, places, safety + [self._held[place] for place in places])
 
     def targets(self, look: Look, losses: Tensor, tokens: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class SafetyGeometry:
         self.step_count = 0
         self.last_refresh = 0
         self._checked = 0  # the step at which `restore` last ran to its end
-        self._reference_odds: float | None = None  # mean log-odds of the same examples
+        self._reference_odds: float | None = None  # the highest log-odds of the same examples
         self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
         self._position = torch.zeros(0, dtype=torch.float64)  # c after the last step
         self._first_drift: Tensor | None = None
@@ -132,7 +132,9 @@ class SafetyGeometry:
             tokens = self.probe.response_tokens(self.rota.trial)
             tokens = torch.cat([tokens, window.tokens[window.safety].cpu()])
             self.reference = float(losses.mean())
-            self._reference_odds = float(log_odds(losses, tokens).mean())
+            # The goal of all is the firmest refusal: these few examples' mean depends on the draw,
+            # and what comes back to less does not carry over to prompts outside of the probe.
+            self._reference_odds = float(log_odds(losses, tokens).max())
 
     def after_step(self, params: Sequence[Tensor], learning_rate: float) -> None:
         """Protect the parameters that the base optimizer has just moved.
@@ -339,7 +341,7 @@ class SafetyGeometry:
 
     def _count(self, steps: int) -> int:
         """Number of safety examples for a refresh after so many steps."""
-        return min(max(steps // 2, _FEWEST), self.config.examples)
+        return min(max(steps, _FEWEST), self.config.examples)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> int:
         """Measure the alignment loss on new examples and renew the subspace at ``params``.
