@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.optim.examples import held_beside
 
 Mode = Literal["project", "damp", "acceleration", "budget", "none"]
 Curvature = Literal["fisher", "random"]
@@ -27,10 +28,11 @@ class SafetyConfig:
             mean eigenvalue; the other modes only distinguish zero from positive.
         budget: accepted rise of a safety example's loss, in nats a token, at least 0, over that
             of the firmest refusal among the examples seen before fine-tuning. Examples above it are
-            brought back to it at a refresh; ``mode="budget"`` keeps the surrogate below it in between.
+            brought back to it at a refresh; ``mode="budget"`` keeps the surrogate below it in
+            between.
         refresh: when to estimate anew.
-        examples: new safety examples at one refresh, at most, joined by three held ones for four of
-            them; the first look and refreshes in quick succession take fewer, at least 2. At least 1.
+        examples: new safety examples at one refresh, at most, at least 1; three held ones join four
+            of them. The first look and refreshes in quick succession take fewer.
         window: the number of latest examples whose gradients span the subspace, at least
             ``examples``.
         newton_damping: δ of the restoring step, see `safeopt.curvature.window`; positive.
@@ -85,7 +87,7 @@ class SafetyConfig:
     @property
     def largest_rank(self) -> int:
         """The largest number of directions that the window or one refresh's examples can span."""
-        look = self.examples + max(1, self.examples // 2)  # safety and held ones
+        look = self.examples + held_beside(self.examples)
         return min(self.rank, max(self.window, look))
 
 

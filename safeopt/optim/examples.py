@@ -36,6 +36,11 @@ class Look:
     indices: list[int]
 
 
+def held_beside(count: int) -> int:
+    """Number of held examples that join ``count`` safety examples: three for four of them."""
+    return (3 * count + 2) // 4
+
+
 class ExampleRota:
     """The order in which safety and held examples take turns.
 
@@ -61,9 +66,9 @@ class ExampleRota:
         self.held_drawn = 0
 
     def next(self, count: int) -> Look:
-        """The examples whose turn it is: ``count`` safety examples and, for four of them, three held ones."""
+        """The examples whose turn it is: ``count`` safety examples, for four of them three held."""
         safety = _turn(self._pool, self.drawn, count)
-        places = _turn(range(len(self._held)), self.held_drawn, (3 * count + 2) // 4)
+        places = _turn(range(len(self._held)), self.held_drawn, held_beside(count))
         return Look(safety, places, safety + [self._held[place] for place in places])
 
     def targets(self, look: Look, losses: Tensor, tokens: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class ProjectedAdamW(torch.optim.AdamW):
         FloatingPointError: in ``step``, if a gradient is not finite, before anything has changed.
 
     Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
-    ``examples`` short prompts (and, for four of them, three held ones, if the probe has them). Memory: k
+    ``examples`` short prompts (and three held ones for four of them, if there are). Memory: k
     float32 numbers for each protected parameter.
 
     Source: the safety subspace and its curvature coupling are those of Springer et al. 2026

@@ -135,7 +135,7 @@ def repair(
         task: batches of what the model was fine-tuned on, in the form of safety batches. The more
             of them, up to ``task_examples`` a refresh, the less of it is lost.
         refreshes: estimates of the subspace, each followed by a step, at most; at least 1.
-        examples: safety examples a refresh (and three held ones for four of them, if there are), at least 1.
+        examples: safety examples a refresh (if there are held ones, three join four), at least 1.
         task_examples: task examples a refresh, at least 1.
         trial_examples: safety examples that are kept apart for the line search, at least 1.
         newton_damping: see `safeopt.curvature.window`; positive.
