@@ -29,6 +29,7 @@ from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM, safeg
 from safeopt.distributed import Layout
 
 EVERY = 6  # steps between two refreshes
+RANK = 32
 STEPS = 20
 ROWS = 12  # of a batch of the task, over all ranks
 
@@ -66,7 +67,9 @@ LAYOUTS = {
 
 
 def protected(name: str, model: nn.Module, probe: SafetyProbe, **options: Any) -> Optimizer:
-    options = {"probe": probe, "rank": 8, "refresh": RefreshPolicy.fixed(EVERY), **options}
+    # All of the window's directions: where the eigenvalues of a random model are cut off, rounding
+    # decides which direction is kept, and the long steps of restoring magnify it.
+    options = {"probe": probe, "rank": RANK, "refresh": RefreshPolicy.fixed(EVERY), **options}
     if name == "SafetySAM":  # that of the table does not perturb
         return SafetySAM(trainable(model), lr=1e-2, rho=0.1, **options)
     return OPTIMIZERS[name].protected(trainable(model), 1e-2, options)
