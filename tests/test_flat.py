@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safeopt import rows
 from safeopt.curvature import flat
 from safeopt.curvature.flat import FlatBlocks
 
@@ -31,7 +32,7 @@ def test_any_layout_equals_one_product_for_each_parameter(layout, rank, width, c
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat, "_WIDTH", width)
-        patch.setattr(flat, "COLUMNS", columns)
+        patch.setattr(rows, "COLUMNS", columns)
         together = FlatBlocks(blocks)
         products = together.products(vectors)
     assert products.dtype == torch.float64

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _unflatten_dense_tensors
 
-from safeopt.rows import COLUMNS, flat_products
+from safeopt.rows import flat_combination, flat_products
 
 # Columns of one matrix: enough for its products to take much longer than their call, few enough
 # for a copy of a matrix to be small beside all of them.
@@ -66,17 +66,18 @@ class FlatBlocks:
         """Inner products with vectors given as one tensor for each parameter; None for zeros.
 
         Returns:
-            Shape ``(l, k)``, float64. On a CPU the matrices are read from memory once for all
-            vectors: a chunk of columns stays in the cache meanwhile.
+            Shape ``(l, k)``, float64. The matrices are read from memory once for all vectors.
         """
         first = self.blocks[0]
         total = torch.zeros(len(vectors), len(first), dtype=torch.float64, device=first.device)
         for segment in self.segments:
-            flat = [_flattened(segment, vector) for vector in vectors]
-            if not segment.matrix.numel() or all(vector is None for vector in flat):
+            chosen = [[vector[i] for i in segment.members] for vector in vectors]
+            if not segment.matrix.numel() or all(t is None for part in chosen for t in part):
                 continue
-            rows = [segment.matrix.new_zeros(sum(segment.sizes)) if v is None else v for v in flat]
-            total += _products(segment.matrix, rows).to(first.device)
+            rows = segment.matrix.new_empty(len(vectors), segment.matrix.shape[1])
+            for row, part in zip(rows, chosen, strict=True):
+                _fill(row, part, segment.sizes)
+            total += flat_products(rows, segment.matrix).to(first.device)
         return total
 
     @torch.no_grad()
@@ -86,7 +87,7 @@ class FlatBlocks:
             chosen = [tensors[i] for i in segment.members if tensors[i].numel()]
             if not segment.matrix.numel():
                 continue
-            step = coordinates.to(segment.matrix) @ segment.matrix
+            step = flat_combination(coordinates.to(segment.matrix), segment.matrix)
             # In C++: a view in Python for each of hundreds of parameters is as slow as the product.
             parts = _unflatten_dense_tensors(step, chosen)
             if any(tensor.dtype != step.dtype for tensor in chosen):
@@ -103,28 +104,12 @@ def _neighbours(blocks: Sequence[Tensor]) -> Iterator[range]:
         yield range(members[0], members[-1] + 1)
 
 
-def _flattened(segment: Segment, tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """A segment's part of a vector; None if all of it is zero."""
-    chosen = [tensors[i] for i in segment.members]
-    given = [tensor for tensor in chosen if tensor is not None]
-    if not given:
-        return None
-    if len(given) < len(chosen):
-        given = [
-            segment.matrix.new_zeros(size) if tensor is None else tensor.reshape(-1)
-            for tensor, size in zip(chosen, segment.sizes, strict=True)
-        ]
-    if any(tensor.dtype != segment.matrix.dtype for tensor in given):
-        given = [tensor.to(segment.matrix.dtype) for tensor in given]
-    return _flatten_dense_tensors(given)
-
-
-def _products(matrix: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    """Products of ``(k, n)`` with vectors ``(n,)``: shape ``(l, k)``, float64."""
-    if matrix.device.type != "cpu":
-        return flat_products(torch.stack(list(vectors)), matrix)
-    pieces = []
-    for start in range(0, matrix.shape[1], COLUMNS):
-        columns = matrix[:, start : start + COLUMNS]
-        pieces += [columns @ vector[start : start + COLUMNS] for vector in vectors]
-    return torch.stack(pieces).unflatten(0, (-1, len(vectors))).sum(0, dtype=torch.float64)
+def _fill(row: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
+    """Write tensors one after the other; None stands for zeros."""
+    parts = [
+        row.new_zeros(size) if tensor is None else tensor.reshape(-1)
+        for tensor, size in zip(tensors, sizes, strict=True)
+    ]
+    if any(part.dtype != row.dtype for part in parts):
+        parts = [part.to(row.dtype) for part in parts]
+    torch.cat(parts, out=row)

@@ -35,7 +35,7 @@ logger = logging.getLogger("safeopt")
 
 Kind = Literal["double", "forward", "finite"]
 KINDS: tuple[Kind, ...] = ("double", "forward", "finite")
-# How far a backend may be from finite differences on the first examples before it is called wrong.
+# How far a backend may be from finite differences on a few examples before it is called wrong.
 # Finite differences in half precision are too coarse to tell more than a sign or a missing part.
 _AGREEMENT, _COARSE_AGREEMENT = 1e-2, 0.7
 # Where differences are off by less than this, two exact backends that agree are believed instead:
@@ -197,7 +197,7 @@ def choose(kind: Kind | Literal["auto"], site: Site, build: Callable[[Kind], Pro
         kind: a backend's name, or ``"auto"`` for the first of ``double``, ``forward`` and
             ``finite`` that works.
         site: model and parameters.
-        build: makes the product of a backend ready on a few examples.
+        build: makes the product of a backend ready on these examples.
 
     Returns:
         The backend; the choice of ``"auto"`` and its reason are logged.

@@ -261,11 +261,11 @@ class CurvatureOperator(ABC, Generic[PartT]):
             return True
         with untouched(self.model), torch.no_grad():
             self.counts.forward += 1
-            return self.objective.losses(self.model, self._few_examples()).dim() == 1
+            return self.objective.losses(self.model, self._first_examples(2)).dim() == 1
 
-    def _few_examples(self) -> Any:
-        """The first four examples; the first batch where it cannot be cut."""
-        for batch in micro_batches(self._batches, min(4, self._micro_batch_size), self.device):
+    def _first_examples(self, count: int) -> Any:
+        """The first ``count`` examples or fewer; the first batch where it cannot be cut."""
+        for batch in micro_batches(self._batches, min(count, self._micro_batch_size), self.device):
             return batch
         raise ValueError("batches: empty; a curvature needs at least one example")
 

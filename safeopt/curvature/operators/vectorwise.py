@@ -52,7 +52,7 @@ class VectorwiseOperator(CurvatureOperator[ProductPart]):
         model: see `CurvatureOperator`, likewise the other arguments.
         batches: the data.
         loss: the loss.
-        products: the backend; ``"auto"`` tries them on four examples at the first product.
+        products: the backend; ``"auto"`` tries them on two examples at the first product.
         params: which parameters.
         micro_batch_size: examples in one pass.
         keep: micro-batches kept inside `retained`.
@@ -77,13 +77,13 @@ class VectorwiseOperator(CurvatureOperator[ProductPart]):
         self._kind: Kind | None = None
 
     def chosen_products(self) -> Kind:
-        """Return the backend in use; found out at the first call, by a few passes of four examples.
+        """Return the backend in use; found out at the first call, by a few passes of two examples.
 
         Raises:
             RuntimeError: if the backend cannot work on this model, with the cause and the cure.
         """
         if self._kind is None:
-            examples = self._few_examples()
+            examples = self._first_examples(2)
             with untouched(self.model), torch.enable_grad():
                 self._kind = choose(
                     self.products, self._site, lambda kind: self._product(kind, examples)[0]
