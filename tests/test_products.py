@@ -347,31 +347,46 @@ def test_equal_calls_give_equal_results():
 
 
 @pytest.mark.parametrize(
-    ("finite", "forward", "expected"),
+    ("finite", "at_half_the_step", "expected"),
     [
-        (1.001, 1.0, "double"),  # they agree
-        (1.05, 1.0, "double"),  # differences are imprecise, and the exact backends agree
-        (1.05, 0.97, "finite"),  # the exact backends do not
-        (1.05, None, "finite"),  # or there is but one
-        (1.5, 1.0, "finite"),  # something is missing
+        (1.001, None, "double"),  # they agree
+        (1.05, 1.001, "double"),  # they agree once the step is better
+        (1.05, 1.02, "double"),  # differences are as far from themselves
+        (1.05, 1.049, "finite"),  # differences are sure of what they say
+        (1.5, None, "finite"),  # something is missing
     ],
 )
-def test_exact_backends_that_agree_are_believed_where_differences_are_imprecise(
-    finite, forward, expected
+def test_exact_backends_are_believed_as_far_as_differences_contradict_themselves(
+    finite, at_half_the_step, expected
 ):
     layer = nn.Linear(3, 2, bias=False)
     site = Site(layer, ["weight"], [layer.weight], ProductCounter())
-    factors = {"finite": finite, "double": 1.0, "forward": forward}
+    differences = iter([finite, at_half_the_step])
 
     def build(kind):
-        def scaled(vector):
-            if factors[kind] is None:
-                raise RuntimeError("no rule")
-            return [factors[kind] * x for x in vector]
-
-        return scaled
+        if kind == "forward":
+            raise RuntimeError("no rule")
+        factor = next(differences) if kind == "finite" else 1.0
+        return lambda vector: [factor * x for x in vector]
 
     assert choose("auto", site, build) == expected
+
+
+def test_half_a_step_is_half_as_long():
+    model = nn.Linear(4, 2, bias=False)
+    differences, places = Differences(model, [model.weight]), []
+    vector = [torch.ones(2, 4)]
+
+    def value():
+        places.append(model.weight.detach().clone())
+        return [model.weight * 1.0]
+
+    for _ in range(2):
+        differences.along(vector, value)
+    differences.halve_step()
+    differences.along(vector, value)
+    lengths = [float((a - b).norm()) for a, b in zip(places[::2], places[1::2], strict=True)]
+    assert lengths[-1] == pytest.approx(lengths[-2] / 2, rel=1e-3)
 
 
 class FourBit(nn.Linear):
