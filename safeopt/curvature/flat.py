@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from safeopt.rows import flat_combination, flat_products
 
@@ -74,10 +74,7 @@ class FlatBlocks:
             chosen = [[vector[i] for i in segment.members] for vector in vectors]
             if not segment.matrix.numel() or all(t is None for part in chosen for t in part):
                 continue
-            rows = segment.matrix.new_empty(len(vectors), segment.matrix.shape[1])
-            for row, part in zip(rows, chosen, strict=True):
-                _fill(row, part, segment.sizes)
-            total += flat_products(rows, segment.matrix).to(first.device)
+            total += flat_products(_rows(segment, chosen), segment.matrix).to(first.device)
         return total
 
     @torch.no_grad()
@@ -104,12 +101,11 @@ def _neighbours(blocks: Sequence[Tensor]) -> Iterator[range]:
         yield range(members[0], members[-1] + 1)
 
 
-def _fill(row: Tensor, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
-    """Write tensors one after the other; None stands for zeros."""
-    parts = [
-        row.new_zeros(size) if tensor is None else tensor.reshape(-1)
-        for tensor, size in zip(tensors, sizes, strict=True)
-    ]
-    if any(part.dtype != row.dtype for part in parts):
-        parts = [part.to(row.dtype) for part in parts]
-    torch.cat(parts, out=row)
+def _rows(segment: Segment, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """A segment's parts of vectors as rows, shape ``(l, n)``."""
+    parts = []
+    for vector in vectors:
+        for tensor, size in zip(vector, segment.sizes, strict=True):
+            part = segment.matrix.new_zeros(size) if tensor is None else tensor
+            parts.append(part if part.dtype == segment.matrix.dtype else part.to(segment.matrix))
+    return _flatten_dense_tensors(parts).view(len(vectors), -1)
