@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.config import CONFIGS, ConfigError, SweepConfig, load_config
+from benchmarks.config import CONFIGS, ConfigError, RunConfig, SweepConfig, load_config
 from benchmarks.data.sources import DownloadError
 from benchmarks.quiet import be_quiet
 
@@ -52,10 +52,9 @@ def run(
     from benchmarks.dry_run import shrunk
     from benchmarks.run import run as run_config
 
-    loaded = load_config(config)
-    if isinstance(loaded, SweepConfig):
-        raise ConfigError(f"{config}: this is a sweep; use `python -m benchmarks sweep`")
-    chosen = shrunk(loaded) if dry_run else loaded
+    chosen = _one_run(config)
+    if dry_run:
+        chosen = shrunk(chosen)
     executor, threads = _executor(jobs, ray)
     result = run_config(chosen, out, console, executor, threads)
     if result.failures:
@@ -160,6 +159,20 @@ def ranking(
 
 
 @app.command()
+def monitor(
+    config: Config,
+    out: Out,
+    budget: Annotated[float, typer.Option(min=0, help="Accepted rise, nats a token.")] = 0.05,
+    every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 4,
+    examples: Annotated[int, typer.Option(min=1, help="Prompts that are measured.")] = 8,
+) -> None:
+    """Train under a monitor: where rollbacks end, and how often it raises a false alarm."""
+    from benchmarks.monitoring import Watch, monitoring
+
+    monitoring(_one_run(config), Watch(budget, every, examples), out, console)
+
+
+@app.command()
 def align(
     out: Out,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
@@ -192,7 +205,7 @@ def overhead(
     """Time steps between refreshes beside AdamW's, interleaved, and write OUT/result.json."""
     from benchmarks.overhead.run import run as measure
 
-    measure(load_config(config), out, console, rounds)
+    measure(_one_run(config), out, console, rounds)
 
 
 @app.command()
@@ -207,6 +220,14 @@ def curvature(
 
     run_curvature(SMALL if tiny else SMOLLM2, out, console)
     write_report(out, console)
+
+
+def _one_run(path: Path) -> RunConfig:
+    """A config that is no sweep."""
+    config = load_config(path)
+    if isinstance(config, SweepConfig):
+        raise ConfigError(f"{path}: this is a sweep; use `python -m benchmarks sweep`")
+    return config
 
 
 def main() -> None:
