@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tiny_models import VOCAB, safety_batch, tiny_gpt2, tiny_llama, trainable, with_lora
+from tiny_models import PAD, VOCAB, safety_batch, tiny_gpt2, tiny_llama, trainable, with_lora
 from tolerances import GRADIENT, relative_error
 from torch import nn
 
@@ -370,6 +370,15 @@ def test_exact_backends_are_believed_as_far_as_differences_contradict_themselves
         return lambda vector: [factor * x for x in vector]
 
     assert choose("auto", site, build) == expected
+
+
+def test_a_padding_token_that_is_read_does_not_make_a_backend_look_wrong():
+    """Autograd leaves an embedding's padding row without a gradient, whoever reads it."""
+    model = tiny_llama(tied=True, dtype=torch.float64)
+    ids = torch.tensor([[5, PAD, 7, PAD, 9, 11, PAD, 6]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    assert model.get_input_embeddings().padding_idx == PAD
+    assert HessianOperator(model, [batch], "causal_lm").chosen_products() == "double"
 
 
 def test_half_a_step_is_half_as_long():

@@ -213,8 +213,8 @@ def choose(kind: Kind | Literal["auto"], site: Site, build: Callable[[Kind], Pro
         torch.randn(p.shape, generator=generator, dtype=row_dtype(p)).to(p.device)
         for p in site.params
     ]
+    _clear_padding(vector, site)
     expected = _try("finite", build, vector)
-
     reasons = []
     for candidate in KINDS[:-1] if kind == "auto" else [kind]:
         if candidate == "finite":
@@ -244,6 +244,19 @@ def choose(kind: Kind | Literal["auto"], site: Site, build: Callable[[Kind], Pro
         return candidate
     logger.info('products="auto": took "finite" (%s)', "; ".join(reasons))
     return "finite"
+
+
+def _clear_padding(vector: Sequence[Tensor], site: Site) -> None:
+    """Set the vector to zero at the padding rows of embeddings.
+
+    Autograd gives them no gradient, though a model's padding token is often one that it reads, such
+    as the end of a turn. Finite differences notice that the row matters: on SmolLM2 by 2%.
+    """
+    for module in site.model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            for v, p in zip(vector, site.params, strict=True):
+                if p is module.weight:
+                    v[module.padding_idx] = 0
 
 
 _CURES = {
