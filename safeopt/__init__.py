@@ -16,7 +16,8 @@ from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.repair import RepairReport, repair
-from safeopt.probe import PassCounter, SafetyProbe
+from safeopt.passes import PassCounter
+from safeopt.probe import SafetyProbe
 
 __version__ = "0.1.0"
 

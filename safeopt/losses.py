@@ -84,6 +84,19 @@ class ReferenceKL:
             for key, (top, index) in self._reference.items()
         ]
 
+    @staticmethod
+    def examples(state: Sequence[Mapping[str, Tensor]]) -> set[tuple[int, ...]]:
+        """The examples whose reference a state holds, each by its tokens.
+
+        Raises:
+            ValueError: if it is not what `state_dict` returned.
+        """
+        if not (isinstance(state, Sequence) and all(_is_reference(entry) for entry in state)):
+            raise ValueError(
+                "expected a list with input_ids, log_probs and tokens of each example, as tensors"
+            )
+        return {tuple(entry["input_ids"].tolist()) for entry in state}
+
     def load_state_dict(self, state: Sequence[Mapping[str, Tensor]]) -> None:
         """Put what `state_dict` returned in the place of the cached reference."""
         self._reference = {
@@ -110,6 +123,26 @@ class ReferenceKL:
             kl = (p * (top - current)).sum(-1) + rest.exp() * (rest - rest_now)
             losses.append(kl.mean())
         return torch.stack(losses)
+
+
+def named_loss(loss: str | AlignmentLoss) -> AlignmentLoss:
+    """The loss of a name, ``"nll"`` or ``"kl"``; a function is taken as it is.
+
+    Raises:
+        ValueError: if the name is unknown.
+        TypeError: if it is neither a name nor callable.
+    """
+    if loss == "nll":
+        return refusal_nll
+    if loss == "kl":
+        return ReferenceKL()
+    if isinstance(loss, str):
+        raise ValueError(
+            f'loss="{loss}": expected "nll", "kl" or a function (model, batch) -> (m,)'
+        )
+    if not callable(loss):
+        raise TypeError(f'loss={loss!r}: expected "nll", "kl" or a function (model, batch) -> (m,)')
+    return loss
 
 
 def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -163,6 +196,20 @@ def _keys(batch: Batch) -> Sequence[tuple[int, ...]]:
     """An example's identity: its tokens without the padding."""
     mask = batch["attention_mask"].bool()
     return [tuple(row[kept].tolist()) for row, kept in zip(batch["input_ids"], mask, strict=True)]
+
+
+def _is_reference(entry: Any) -> bool:
+    """Whether it is an entry of `ReferenceKL.state_dict`."""
+    if not (isinstance(entry, Mapping) and {"input_ids", "log_probs", "tokens"} <= set(entry)):
+        return False
+    ids, log_probs, tokens = entry["input_ids"], entry["log_probs"], entry["tokens"]
+    return (
+        all(isinstance(x, Tensor) for x in (ids, log_probs, tokens))
+        and (ids.dtype, ids.dim()) == (torch.int64, 1)
+        and log_probs.is_floating_point()
+        and tokens.dtype == torch.int64
+        and (log_probs.dim(), log_probs.shape) == (2, tokens.shape)
+    )
 
 
 def _log_remainder(log_probs: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from safeopt.batches import join, require_same_keys, split
 from safeopt.distributed import (
     DEEPSPEED,
     Layout,
@@ -30,33 +30,13 @@ from safeopt.distributed import (
 from safeopt.factored import FactoredRows
 from safeopt.factored_gradients import factored_gradients, in_order
 from safeopt.isolation import untouched
-from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, refusal_nll
+from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, named_loss, refusal_nll
+from safeopt.passes import PassCounter
 from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.prefix import share_prefix, tokens_run
 from safeopt.rows import row_dtype
 
-
-@dataclass
-class PassCounter:
-    """What the safety passes cost so far.
-
-    Attributes:
-        forward: forward passes (model calls).
-        backward: backward passes.
-        forward_tokens: tokens, without padding, that went through forward passes.
-        backward_tokens: tokens, without padding, that went through backward passes.
-        seconds: wall time of all of them.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    forward_tokens: int = 0
-    backward_tokens: int = 0
-    seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the counters as plain numbers."""
-        return asdict(self)
+__all__ = ["PassCounter", "SafetyProbe"]
 
 
 class SafetyProbe:
@@ -98,22 +78,18 @@ class SafetyProbe:
         self.model, self._group = undivided(model)
         self.micro_batch_size = micro_batch_size
         self.passes = PassCounter()
-        self.loss = _named_loss(loss)
+        self.loss = named_loss(loss)
         if held and self.loss is not refusal_nll:
             raise ValueError(
                 'held: harmless prompts are held by the likelihood of their refusal; use loss="nll"'
             )
-        self._examples = [example for batch in batches for example in _split(batch, "batches")]
-        if not self._examples:
+        safety_examples = split(batches, "batches")
+        if not safety_examples:
             raise ValueError("batches: no safety example given; at least one is needed")
-        held_examples = [example for batch in held for example in _split(batch, "held")]
+        held_examples = split(held, "held")
         self.held_count = len(held_examples)
-        self._examples += held_examples
-        keys = {tuple(sorted(example)) for example in self._examples}
-        if len(keys) > 1:
-            raise ValueError(
-                f"batches: safety batches with different keys, {sorted(keys)}; give all the same"
-            )
+        self._examples = safety_examples + held_examples
+        require_same_keys(self._examples, "batches, held")
         self._reference_cached = not isinstance(self.loss, ReferenceKL)
         self._looped: set[int] = set()
         self._looped_for: tuple[int, ...] = ()
@@ -168,7 +144,11 @@ class SafetyProbe:
 
         Returns:
             A(θ) and ∇A, one tensor for each parameter with its shape and dtype.
+
+        Raises:
+            ValueError: if some of ``params`` do not belong to the model.
         """
+        self._require_own(params)
         chosen = self._check(indices)
         total = [torch.zeros_like(p) for p in params]
         value = 0.0
@@ -276,12 +256,15 @@ class SafetyProbe:
         """Refuse a stored reference that is not one of this probe's examples; changes nothing.
 
         Raises:
-            ValueError: if ``loss="kl"`` and there is none for some example: the model as it is now
-                has been fine-tuned, so it cannot be looked at again.
+            ValueError: if ``loss="kl"`` and it is malformed, or there is none for some example: the
+                model as it is now has been fine-tuned, so it cannot be looked at again.
         """
         if not isinstance(self.loss, ReferenceKL):
             return
-        known = {tuple(entry["input_ids"].tolist()) for entry in stored or ()}
+        try:
+            known = self.loss.examples(() if stored is None else stored)
+        except ValueError as error:
+            raise ValueError(f"reference: {error}") from error
         needed = {tuple(example["input_ids"].tolist()) for example in self._examples}
         if missing := len(needed - known):
             raise ValueError(
@@ -314,16 +297,20 @@ class SafetyProbe:
             ValueError: if some of them do not belong to the model.
             TypeError: if they are sharded in a way that is not supported.
         """
+        self._require_own(params)
+        return Layout.of(params, self._group)
+
+    def _require_own(self, params: Sequence[Tensor]) -> None:
+        """Refuse parameters that are not the model's: its loss does not depend on them."""
         reshard(self.model)
         own = {id(p) for p in self.model.parameters()}
         foreign = sum(id(p) not in own for p in params)
         if foreign:
             raise ValueError(
-                f"params: {foreign} of {len(params)} protected parameters do not belong to the "
-                "probe's model; give the probe the model that is trained"
+                f"params: {foreign} of {len(params)} parameters do not belong to the probe's "
+                "model; give the probe the model that is trained"
                 + (f". {DEEPSPEED}" if "deepspeed" in sys.modules else "")
             )
-        return Layout.of(params, self._group)
 
     def _model_layout(self) -> Layout:
         """As `layout`, of one parameter for all."""
@@ -356,17 +343,13 @@ class SafetyProbe:
             yield sorted(by_length[start : start + self.micro_batch_size])
 
     def _run(self, members: Sequence[int], *, backward: bool) -> Tensor:
-        whole = _join([self._examples[index] for index in members], _device(self.model))
+        whole = join([self._examples[index] for index in members], _device(self.model))
         batch: dict[str, Tensor] = whole
         # Sharing a beginning takes a pass of its own, and passes of a sharded model are run by all
         # ranks together, whatever their examples.
         if self.loss is refusal_nll and not backward and not self._sharded:
             batch = share_prefix(self.model, whole)
-        self.passes.forward += 1
-        self.passes.forward_tokens += tokens_run(whole, batch)
-        if backward:
-            self.passes.backward += 1
-            self.passes.backward_tokens += tokens_run(whole, batch)
+        self.passes.count(tokens_run(whole, batch), backward=backward)
         losses = self.loss(self.model, batch)
         if losses.shape != (len(members),):
             raise ValueError(
@@ -379,12 +362,11 @@ class SafetyProbe:
         assert isinstance(self.loss, ReferenceKL)
         with self._untouched(), torch.no_grad():
             for start in range(0, len(self._examples), self.micro_batch_size):
-                batch = _join(
+                batch = join(
                     self._examples[start : start + self.micro_batch_size], _device(self.model)
                 )
                 self.loss.cache(self.model, batch)
-                self.passes.forward += 1
-                self.passes.forward_tokens += int(batch["attention_mask"].sum())
+                self.passes.count(int(batch["attention_mask"].sum()), backward=False)
         self._reference_cached = True
 
     @contextmanager
@@ -404,74 +386,6 @@ class SafetyProbe:
             for p, gradient in gradients:
                 p.grad = gradient
             self.passes.seconds += time.perf_counter() - start
-
-
-def _named_loss(loss: str | AlignmentLoss) -> AlignmentLoss:
-    if loss == "nll":
-        return refusal_nll
-    if loss == "kl":
-        return ReferenceKL()
-    if isinstance(loss, str):
-        raise ValueError(
-            f'loss="{loss}": expected "nll", "kl" or a function (model, batch) -> (m,)'
-        )
-    if not callable(loss):
-        raise TypeError(f'loss={loss!r}: expected "nll", "kl" or a function (model, batch) -> (m,)')
-    return loss
-
-
-def _split(batch: Batch, argument: str) -> list[dict[str, Tensor]]:
-    """The examples of a batch of an argument, each without its padding."""
-    if "input_ids" not in batch or "labels" not in batch:
-        raise ValueError(
-            f"{argument}: a batch has the keys {sorted(batch)}; input_ids and labels are needed"
-        )
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    for name, tensor in batch.items():
-        if tensor.shape[:1] != ids.shape[:1]:
-            raise ValueError(
-                f"{argument}: {name} has {tuple(tensor.shape)} beside input_ids "
-                f"{tuple(ids.shape)}; every tensor needs one row for each example"
-            )
-    for name in ("labels", "attention_mask"):
-        if name in batch and batch[name].shape != ids.shape:
-            raise ValueError(
-                f"{argument}: {name} has shape {tuple(batch[name].shape)}, input_ids "
-                f"{tuple(ids.shape)}; they must be equal"
-            )
-    examples = []
-    for row in range(ids.shape[0]):
-        example = {
-            name: tensor[row, mask[row]] if tensor.shape == ids.shape else tensor[row]
-            for name, tensor in batch.items()
-            if name != "attention_mask"
-        }
-        if not bool((example["labels"][1:] != IGNORE).any()):
-            raise ValueError(
-                f"{argument}: example {row} has no refusal token (all labels are {IGNORE})"
-            )
-        examples.append(example)
-    return examples
-
-
-def _join(examples: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """A left-padded batch of examples, on the model's device."""
-    length = max(example["input_ids"].shape[0] for example in examples)
-    batch: dict[str, Tensor] = {}
-    for name in examples[0]:
-        fill = IGNORE if name == "labels" else 0
-        columns = []
-        for example in examples:
-            tensor, missing = example[name], length - example["input_ids"].shape[0]
-            if tensor.shape == example["input_ids"].shape:
-                tensor = torch.cat([tensor.new_full((missing,), fill), tensor])
-            columns.append(tensor)
-        batch[name] = torch.stack(columns).to(device)
-    lengths = torch.tensor([example["input_ids"].shape[0] for example in examples])
-    mask = torch.arange(length) >= (length - lengths).unsqueeze(1)
-    batch["attention_mask"] = mask.long().to(device)
-    return batch
 
 
 def _device(model: nn.Module) -> torch.device:

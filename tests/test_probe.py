@@ -266,9 +266,17 @@ EMPTY = torch.full_like(BATCH["labels"], -100)
             "batches: attention_mask has",
             {"batches": [broken("attention_mask", EMPTY[:, 1:])]},
         ),
-        (ValueError, "example 0 has no refusal token", {"batches": [broken("labels", EMPTY)]}),
-        (ValueError, "held: example 0 has no refusal token", {"held": [broken("labels", EMPTY)]}),
+        (ValueError, "example 0 has no response token", {"batches": [broken("labels", EMPTY)]}),
+        (ValueError, "held: example 0 has no response token", {"held": [broken("labels", EMPTY)]}),
         (ValueError, "batches: .*different keys", {"batches": [BATCH, broken("extra", EMPTY)]}),
+        (ValueError, "batches, held: .*different keys", {"held": [broken("extra", EMPTY)]}),
+        (ValueError, "batches: a batch is str; expected a list of dicts", {"batches": BATCH}),
+        (ValueError, "held: labels is list", {"held": [broken("labels", EMPTY.tolist())]}),
+        (
+            ValueError,
+            r"batches: input_ids has shape \(10,\); expected \(examples, tokens\)",
+            {"batches": [{name: tensor[0] for name, tensor in BATCH.items()}]},
+        ),
         (ValueError, 'loss="ce"', {"loss": "ce"}),
         (TypeError, "loss=3", {"loss": 3}),
         (ValueError, "micro_batch_size=0", {"micro_batch_size": 0}),
@@ -288,6 +296,12 @@ def test_errors_when_asked():
         probe.value([5])
     with pytest.raises(IndexError, match=r"indices=\[-1\]"):
         probe.gradient(trainable(model), [-1])
+    foreign = [nn.Parameter(p.detach().clone()) for p in trainable(model)[:2]]
+    before = snapshot(model)
+    for ask in ("gradient", "per_example"):
+        with pytest.raises(ValueError, match=r"params: 2 of \d+ parameters do not belong"):
+            ASK[ask](probe, [*trainable(model), *foreign])
+    assert_same(before, snapshot(model))
     probe = SafetyProbe(model, [safety_batch()], loss=lambda m, b: refusal_nll(m, b).mean())
     with pytest.raises(ValueError, match=r"loss: returned shape \(\) for 5 examples"):
         probe.value()

@@ -227,6 +227,8 @@ def test_a_loss_that_is_no_number_is_refused(broken):
         ({"basis": "sparse"}, 'basis="sparse"'),
         ({"reference": None}, "reference=None: the model has no adapter"),
         ({"task": [chats(HARMLESS, NEW_ANSWER, 1, 1)]}, "task: 1 example"),
+        ({"task": [{"input_ids": torch.ones(2, 3)}]}, "task: a batch has the keys"),
+        ({"task": [1]}, "task: a batch is int; expected a list of dicts"),
     ],
 )
 def test_wrong_arguments_are_named(broken, options, words):

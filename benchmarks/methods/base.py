@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -18,23 +18,11 @@ from safeopt.data import collate
 Batch = Mapping[str, Tensor]
 
 
-@dataclass
-class SafetyCost:
+class SafetyCost(PassCounter):
     """What a method spends on safety, beyond the task's own passes.
 
-    Attributes:
-        forward: forward passes on safety examples.
-        backward: backward passes on them.
-        forward_tokens: their tokens, without padding.
-        backward_tokens: likewise for the backward passes.
-        seconds: wall time of these passes and of the arithmetic that turns them into protection.
+    ``seconds`` holds the arithmetic that turns the passes into protection, too.
     """
-
-    forward: int = 0
-    backward: int = 0
-    forward_tokens: int = 0
-    backward_tokens: int = 0
-    seconds: float = 0.0
 
     @contextmanager
     def clock(self, sign: int = 1) -> Iterator[None]:
@@ -49,18 +37,11 @@ class SafetyCost:
         """Count one pass over a batch: forward, and backward where there was one."""
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        self.forward += 1
-        self.forward_tokens += tokens
-        if backward:
-            self.backward += 1
-            self.backward_tokens += tokens
+        self.count(tokens, backward=backward)
 
     def add_passes(self, passes: PassCounter) -> None:
         """Count what a `safeopt.SafetyProbe` has counted; the time is taken by `clock`."""
-        self.forward += passes.forward
-        self.backward += passes.backward
-        self.forward_tokens += passes.forward_tokens
-        self.backward_tokens += passes.backward_tokens
+        self.include(replace(passes, seconds=0.0))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from safeopt.optim.examples import ExampleRota
 from safeopt.optim.line_search import backtrack
 from safeopt.optim.measurement import Measurement, finite
 from safeopt.optim.transaction import whole_or_not_at_all
-from safeopt.probe import PassCounter, SafetyProbe
+from safeopt.passes import PassCounter
+from safeopt.probe import SafetyProbe
 
 logger = logging.getLogger("safeopt")
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safeopt.batches import split
 from safeopt.curvature.bases import choose_basis
 from safeopt.curvature.subspace import updated_subspace
 from safeopt.curvature.window import Window
@@ -40,7 +41,8 @@ from safeopt.optim.estimate import gradient_rows
 from safeopt.optim.examples import ExampleRota
 from safeopt.optim.line_search import backtrack
 from safeopt.optim.measurement import finite
-from safeopt.probe import PassCounter, SafetyProbe
+from safeopt.passes import PassCounter
+from safeopt.probe import SafetyProbe
 
 logger = logging.getLogger("safeopt")
 
@@ -210,6 +212,7 @@ class _Task:
     def __init__(
         self, model: nn.Module, batches: Sequence[Batch], count: int, micro_batch: int, seed: int
     ) -> None:
+        split(batches, "task")  # the probe would call them by another name in its errors
         self.probe = SafetyProbe(model, batches, micro_batch_size=micro_batch)
         total = len(self.probe)
         if total < 2:
@@ -320,11 +323,10 @@ class _Repair:
 
     def passes(self) -> dict[str, float]:
         """Of safety and task examples together."""
-        total = PassCounter().as_dict()
+        total = PassCounter()
         for probe in (self._probe, *((self._task.probe,) if self._task else ())):
-            for name, count in probe.passes.as_dict().items():
-                total[name] += count
-        return total
+            total.include(probe.passes)
+        return total.as_dict()
 
 
 def _inverse_root(rows: Tensor) -> Tensor:
