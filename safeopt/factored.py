@@ -297,13 +297,15 @@ class FactoredRows:
         count, device = len(state["scale"]), params[0].device
         sites = []
         for right, left, counts, places in state["sites"]:
-            whole = len(counts) == count and sum(counts) == len(places)
-            inside = len(places) == 0 or int(places.max()) < len(right)
+            whole = len(counts) == count and all(isinstance(n, int) for n in counts)
+            whole = whole and sum(counts) == len(places) and len(left) > 0
+            if not whole or (len(places) > 0 and int(places.max()) >= len(right)):
+                raise ValueError("the factors of a layer do not fit each other")
             for index, x in left.items():
                 shape = params[index].shape if index < len(params) else ()
                 expected = (len(places), *shape[: x.dim() - 1])
                 fits = tuple(x.shape) == expected and tuple(shape[1:]) == tuple(right.shape[1:])
-                if not (fits and whole and inside):
+                if not fits:
                     raise ValueError(f"the factors of parameter {index} do not fit the parameters")
             moved = {i: x.to(device) for i, x in left.items()}
             sites.append(Factors(right.to(device), moved, counts, places.to(device)))

@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, run
+from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, probe_of, run
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 
-from safeopt import RefreshPolicy, SafetyProbe
+from safeopt import RefreshPolicy, SafetyProbe, SafetySAM
+from safeopt.curvature.bases import BASES
 
 names = pytest.mark.parametrize("name", OPTIMIZERS)
 OPTIONS = {"refresh": RefreshPolicy.fixed(4), "held": True, "budget": 0.0}
@@ -206,6 +207,58 @@ def test_bad_states_are_refused_and_change_nothing(name):
         assert after["safety"]["history"] == before["safety"]["history"], reason
     other.load_state_dict(good)
     assert_same_run(other.safety, optimizer.safety)
+
+
+def spoiled(tree, path=()):
+    """Something of another kind in every place of nested dicts and lists, one after the other."""
+    places = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in list(places):
+        for wrong in ([1], {}, "x", None, 3, torch.ones(2, 3)):
+            if type(wrong) is not type(value):
+                tree[key] = wrong
+                yield (*path, key), value, wrong
+        tree[key] = value
+        if isinstance(value, (dict, list)):
+            yield from spoiled(value, (*path, key))
+
+
+def protected(kind):
+    """An optimizer of a matrix and a vector, whose state is of this kind."""
+    model = tiny_llama(hidden=36, layers=1)
+    layer = model.model.layers[0]
+    params = [layer.self_attn.q_proj.weight, layer.input_layernorm.weight]
+    held = kind != "kl"
+    probe = probe_of(model, held=held, loss="nll" if held else "kl")
+    if kind == "SafetySAM":
+        return model, SafetySAM(params, probe=probe, rank=8)
+    basis = kind if kind in BASES else "dense"
+    return build("ProjectedAdamW", model=model, params=params, probe=probe, basis=basis)
+
+
+@pytest.mark.parametrize("kind", [*BASES, "kl", "SafetySAM"])
+def test_what_is_of_another_kind_is_refused_by_its_name(kind):
+    """Never by an error of Python's or torch's own, and nothing else is taken for a tensor."""
+    model, optimizer = protected(kind)
+    run(model, optimizer, 2)
+    state = optimizer.state_dict()
+    own = {key: state[key] for key in ("safety", "sam") if key in state}
+    accepted = 0
+    for place, kept, wrong in spoiled(own):
+        error = None
+        try:
+            optimizer.load_state_dict({**state, **own})
+        except ValueError as refused:
+            error = str(refused)
+        if error is None:
+            accepted += 1
+            optional = wrong is None and place[-1] in ("first_drift", "last_gradient", "momentum")
+            assert optional or not isinstance(kept, torch.Tensor), place
+        else:
+            depth = 3 if place[:2] == ("safety", "subspace") else 2
+            assert error.startswith("state_dict"), (place, wrong, error)
+            assert place[:depth][-1] in error, (place, wrong, error)
+    assert accepted > 0  # None, where a figure need not be known yet
+    optimizer.load_state_dict(state)
 
 
 def test_errors_say_which_entry_does_not_fit():

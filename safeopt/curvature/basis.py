@@ -146,7 +146,7 @@ class DenseBasis:
             ValueError: if it does not fit the parameters.
         """
         blocks = state["blocks"]
-        rank = blocks[0].shape[0] if blocks else 0
+        rank = blocks[0].shape[0] if len(blocks) else 0
         parts = [local(p.detach()) for p in params]
         if [tuple(block.shape) for block in blocks] != [(rank, *p.shape) for p in parts]:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.state import saved_eigenvalues
 from safeopt.rows import row_dtype
 
 Ascent = Literal["task", "safety"]
@@ -114,12 +115,11 @@ class SubspaceAscent:
             return
         if not (isinstance(momentum, Tensor) and bool(momentum.isfinite().all())):
             raise ValueError('state_dict["sam"]["momentum"]: expected finite numbers')
-        safety = state.get("safety")
-        subspace = safety.get("subspace") if isinstance(safety, dict) else None
-        rank = len(subspace["eigenvalues"]) if subspace and "eigenvalues" in subspace else 0
-        if momentum.shape != (rank,):
+        eigenvalues = saved_eigenvalues(state.get("safety"))
+        if eigenvalues is not None and momentum.shape != eigenvalues.shape:
             raise ValueError(
-                f'state_dict["sam"]["momentum"]: shape {tuple(momentum.shape)}, expected ({rank},)'
+                f'state_dict["sam"]["momentum"]: shape {tuple(momentum.shape)}, expected '
+                f"{tuple(eigenvalues.shape)}"
             )
 
     def take_state(self, state: Mapping[str, Any]) -> None:

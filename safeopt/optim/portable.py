@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safeopt.distributed import Layout, is_sharded, local
+from safeopt.optim.state import saved_eigenvalues
 
 _BASIS = "safety_basis"
 _PREFIX = "safeopt."
@@ -74,16 +75,16 @@ def reveal(state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor]
         params: its protected parameters.
 
     Raises:
-        ValueError: if the basis of a parameter is missing.
+        ValueError: if an entry cannot be read, or the basis of a parameter is missing.
     """
     groups = state.get("param_groups") or [{}]
     hidden = [name for name in groups[0] if name.startswith(_PREFIX)]
     if not hidden:
         return state
-    entries = {name.removeprefix(_PREFIX): _decoded(groups[0][name]) for name in hidden}
-    subspace = entries.get("safety", {}).get("subspace")
-    if subspace is not None:
-        keys, rank = _keys(state, optimizer), len(subspace["eigenvalues"])
+    entries = {name.removeprefix(_PREFIX): _decoded(name, groups[0][name]) for name in hidden}
+    eigenvalues = saved_eigenvalues(entries.get("safety"))
+    if eigenvalues is not None:
+        keys, rank = _keys(state, optimizer), eigenvalues.numel()
         found = [state["state"].get(keys.get(id(p)), {}).get(_BASIS) for p in params]
         if any(block is None for block in found):
             raise ValueError(
@@ -91,7 +92,7 @@ def reveal(state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor]
                 f'parameters have no "{_BASIS}" entry; it was saved with other parameters'
             )
         parts = [_part(block, p)[:rank] for block, p in zip(found, params, strict=True)]
-        subspace["basis"] = {"kind": "dense", "blocks": parts}
+        entries["safety"]["subspace"]["basis"] = {"kind": "dense", "blocks": parts}
     own = {
         key: {name: value for name, value in entry.items() if name != _BASIS}
         for key, entry in state["state"].items()
@@ -143,11 +144,16 @@ def _encoded(value: Tensor) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(value.shape), "values": value.flatten().tolist()}
 
 
-def _decoded(text: str) -> Any:
+def _decoded(name: str, text: str) -> Any:
     def tensor(entry: dict[str, Any]) -> Any:
         if set(entry) != {"dtype", "shape", "values"}:
             return entry
         values = torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"]))
         return values.reshape(entry["shape"])
 
-    return json.loads(text, object_hook=tensor)
+    try:
+        return json.loads(text, object_hook=tensor)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f'state_dict["param_groups"][0]["{name}"]: it cannot be read ({error})'
+        ) from error

@@ -19,12 +19,14 @@ from safeopt.curvature.bases import basis_from_state
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
-from safeopt.probe import PassCounter, SafetyProbe
+from safeopt.passes import PassCounter
+from safeopt.probe import SafetyProbe
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
 VERSION = 3
+_WHERE = 'state_dict["safety"]'
 _COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn", "checked")
 _NUMBERS = ("reference", "reference_odds", "trial_reference", "coupling")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
@@ -80,46 +82,59 @@ def check_state(state: Mapping[str, Any], params: Sequence[Tensor], probe: Safet
     Raises:
         ValueError: naming the entry that does not fit.
     """
-    if not isinstance(state, Mapping) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f'state_dict["safety"]: version {found}; this safeopt reads {VERSION}')
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if not (isinstance(version, int) and version == VERSION):
+        found = version if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{_WHERE}: version {found}; this safeopt reads {VERSION}")
     missing = {*_COUNTS, *_NUMBERS, "history", "passes", "kl_reference", "subspace"} - set(state)
     if missing:
-        raise ValueError(f'state_dict["safety"]: {", ".join(sorted(missing))} is missing')
+        raise ValueError(f"{_WHERE}: {', '.join(sorted(missing))} is missing")
     for name in _COUNTS:
         if not (isinstance(state[name], int) and state[name] >= 0):
-            raise ValueError(f'state_dict["safety"]: {name}={state[name]!r}; expected a count')
-    wrong = [n for n in _NUMBERS if not (state[n] is None or _is_number(state[n]))]
-    if wrong or not all(_is_entry(entry) for entry in state["history"]):
-        raise ValueError(f'state_dict["safety"]: {wrong or "history"} holds no finite numbers')
-    if set(state["passes"]) != set(PassCounter().as_dict()):
-        raise ValueError('state_dict["safety"]["passes"]: its entries are not those of PassCounter')
+            raise ValueError(f"{_WHERE}: {name}={state[name]!r}; expected a count")
+    for name in _NUMBERS:
+        if not (state[name] is None or _is_number(state[name])):
+            raise ValueError(f"{_WHERE}: {name}={state[name]!r}; expected a finite number or None")
+    history, passes = state["history"], state["passes"]
+    if not (isinstance(history, list) and all(_is_entry(entry) for entry in history)):
+        raise ValueError(f'{_WHERE}["history"]: expected a list with the numbers of Measurements')
+    if not (isinstance(passes, Mapping) and set(passes) == set(PassCounter().as_dict())):
+        raise ValueError(f'{_WHERE}["passes"]: its entries are not those of PassCounter')
+    if not all(_is_number(count) for count in passes.values()):
+        raise ValueError(f'{_WHERE}["passes"]: expected finite numbers')
     if state["subspace"] is not None:
         try:
             probe.check_reference(state["kl_reference"])
         except ValueError as error:
-            raise ValueError(f'state_dict["safety"]["kl_reference"]: {error}') from error
+            raise ValueError(f'{_WHERE}["kl_reference"]: {error}') from error
         _check_subspace(state["subspace"], params)
         saved = len(state["subspace"]["held_targets"])
         if saved != probe.held_count:
             raise ValueError(
-                f'state_dict["safety"]: it was saved with {saved} held examples, the probe now has '
+                f"{_WHERE}: it was saved with {saved} held examples, the probe now has "
                 f"{probe.held_count}; build the probe with the examples of the saved run"
             )
 
 
-def _check_subspace(subspace: Mapping[str, Any], params: Sequence[Tensor]) -> None:
-    where = 'state_dict["safety"]["subspace"]'
+def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
+    where = f'{_WHERE}["subspace"]'
+    if not isinstance(subspace, Mapping):
+        raise ValueError(f"{where}: {type(subspace).__name__}; expected a dict")
     absent = {*_SHAPES, *_OPTIONAL, "basis", "value", "scale"} - set(subspace)
     if absent:
         raise ValueError(f"{where}: {', '.join(sorted(absent))} is missing")
+    present = [*_SHAPES, *(name for name in _OPTIONAL if subspace[name] is not None)]
+    for name in present:
+        vector = subspace[name]
+        if not (isinstance(vector, Tensor) and vector.is_floating_point()):
+            found = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise ValueError(f'{where}["{name}"]: {found}; expected a floating-point tensor')
     sizes = {
         "k": subspace["eigenvalues"].numel(),
         "w": subspace["losses"].numel(),
         "h": subspace["held_targets"].numel(),
     }
-    present = [name for name in _OPTIONAL if subspace[name] is not None]
-    for name in (*_SHAPES, *present):
+    for name in present:
         expected = tuple(sizes[letter] for letter in _SHAPES.get(name, "k"))
         if tuple(subspace[name].shape) != expected:
             raise ValueError(
@@ -134,11 +149,13 @@ def _check_subspace(subspace: Mapping[str, Any], params: Sequence[Tensor]) -> No
             f'{where}["basis"]: its shapes do not fit the parameters ({basis.rank} directions, '
             f"{sizes['k']} eigenvalues)"
         )
-    finite = [subspace[name] for name in (*_SHAPES, *present) if "targets" not in name]
-    if not all(bool(torch.isfinite(x).all()) for x in (*_tensors(subspace["basis"]), *finite)):
-        raise ValueError(f"{where}: it holds a value that is not finite")
-    if not (_is_number(subspace["value"]) and _is_number(subspace["scale"])):
-        raise ValueError(f"{where}: value or scale is no finite number")
+    vectors = {name: [subspace[name]] for name in present if "targets" not in name}
+    for name, tensors in {"basis": _tensors(subspace["basis"]), **vectors}.items():
+        if not all(bool(torch.isfinite(x).all()) for x in tensors):
+            raise ValueError(f'{where}["{name}"]: it holds a value that is not finite')
+    for name in ("value", "scale"):
+        if not _is_number(subspace[name]):
+            raise ValueError(f"{where}: {name}={subspace[name]!r}; expected a finite number")
     if not subspace["scale"] > 0:
         raise ValueError(f"{where}: scale={subspace['scale']}, expected a positive number")
 
@@ -154,6 +171,13 @@ def _is_entry(entry: Any) -> bool:
     step, loss, predicted, restored, examples = entry
     optional = [x for x in (predicted, restored) if x is not None]
     return all(map(_is_number, (step, loss, *optional, examples)))
+
+
+def saved_eigenvalues(state: Any) -> Tensor | None:
+    """The eigenvalues in a state that may not have been checked; None where it has none."""
+    subspace = state.get("subspace") if isinstance(state, Mapping) else None
+    eigenvalues = subspace.get("eigenvalues") if isinstance(subspace, Mapping) else None
+    return eigenvalues if isinstance(eigenvalues, Tensor) else None
 
 
 def load_state(

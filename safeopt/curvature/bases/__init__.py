@@ -100,10 +100,10 @@ def basis_from_state(
     Raises:
         ValueError: if the state is no basis, or does not fit the parameters.
     """
-    if not (isinstance(state, Mapping) and state.get("kind") in BASES):
+    kind = state.get("kind") if isinstance(state, Mapping) else None
+    if not (isinstance(kind, str) and kind in BASES):
         raise ValueError(f"it is no basis of a known kind ({', '.join(BASES)})")
     try:
-        kind = state["kind"]
         basis: Basis = BASES[kind].from_state(state, params, **_placed(kind, layout))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"its entries do not fit the parameters ({error!r})") from error
