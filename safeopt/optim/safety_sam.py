@@ -114,7 +114,9 @@ class SafetySAM(OptimizerWrapper):
         scaler.update()
 
     ε depends on the gradient's direction only, so the scale does not matter, and an overflow in the
-    first pass perturbs nothing. A skipped step does not count.
+    first pass perturbs nothing. A skipped step does not count. A second pass belongs to the
+    gradients it has made: once they are cleared the next step needs another one, and code that puts
+    new tensors in their place belongs inside the context.
 
     Args:
         params: parameters, or groups of them, from which ``base_optimizer`` is built; or an
@@ -216,7 +218,9 @@ class SafetySAM(OptimizerWrapper):
         self.beta = float(beta)
         self.training = True
         self._held = HeldParameters()
-        self._second_pass_made = False  # since the last step
+        # Of the gradients of the last second pass the smallest one: while it is some parameter's
+        # gradient, the next step has had its second pass.
+        self._of_second_pass: Tensor | None = None
         decay = self.beta if mode == "lookahead" else None
         self._ascent = SubspaceAscent(self.safety, ascent, self.rho, decay)
 
@@ -231,8 +235,9 @@ class SafetySAM(OptimizerWrapper):
             What the closure returned, in ``two_pass`` at its first call: the loss at θ.
 
         Raises:
-            RuntimeError: in ``two_pass`` if no second pass was made; in ``lookahead`` in evaluation
-                mode, or if parameters were written to while they were held.
+            RuntimeError: in ``two_pass`` if no second pass made the present gradients; in
+                ``lookahead`` in evaluation mode, or if parameters were written to while they were
+                held.
         """
         return self._two_passes(closure) if self.mode == "two_pass" else self._one_pass(closure)
 
@@ -255,6 +260,11 @@ class SafetySAM(OptimizerWrapper):
             inside = self._inside()
         with self._perturbed(inside):
             yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and forget the second pass that has made them."""
+        super().zero_grad(set_to_none)
+        self._of_second_pass = None
 
     def train(self) -> None:
         """Go on training: in ``lookahead`` hold the parameters at θ + ε again."""
@@ -293,7 +303,7 @@ class SafetySAM(OptimizerWrapper):
     def _two_passes(self, closure: Callable[[], float] | None) -> float | None:
         loss, inside = None, None
         if closure is None:
-            if self.rho > 0 and self._moves() and not self._second_pass_made:
+            if self.rho > 0 and self._moves() and not self._second_pass_made():
                 raise RuntimeError(
                     'closure=None: mode="two_pass" evaluates the loss twice; call step(closure), '
                     'make the second pass inside second_pass(), or use mode="lookahead"'
@@ -308,7 +318,7 @@ class SafetySAM(OptimizerWrapper):
         try:
             self.base_optimizer.step()
         finally:
-            self._second_pass_made = False
+            self._of_second_pass = None
             if self.safety.step_count > steps and is_finite(inside):
                 # The gradients that the base optimizer saw hold ρHε; ε jumps from step to step.
                 change = self._ascent.change(inside)
@@ -357,7 +367,13 @@ class SafetySAM(OptimizerWrapper):
             yield
         finally:
             self._held.release(overwrite=True)
-        self._second_pass_made = True
+        made = [p.grad for p in self._params() if p.grad is not None]
+        self._of_second_pass = min(made, key=Tensor.numel, default=None)
+
+    def _second_pass_made(self) -> bool:
+        """Whether the present gradients are those of a second pass."""
+        made = self._of_second_pass
+        return made is not None and any(p.grad is made for p in self._params())
 
     def _inside(self) -> Tensor | None:
         """Uᵀg of the loss that is minimised, shape ``(k,)``; None without a subspace."""
