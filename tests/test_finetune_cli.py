@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from test_finetune import arguments, config, files  # the fixture `files` is shared
 from typer.testing import CliRunner
 
-from safeopt.cli import app
+from safeopt.cli.app import app
 from safeopt.finetuning import prepare, run
+from safeopt.finetuning.finished import load_finished
 from safeopt.optim import optimizers
 
 
@@ -61,6 +62,85 @@ def test_a_resumed_run_keeps_its_choices(files, tmp_path):
     (tmp_path / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match="which says what was started"):
         prepare(config(files, tmp_path, resume=True))
+
+
+SHORT = {"max_steps": 4, "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """A finished run with two checkpoints."""
+    out = tmp_path_factory.mktemp("finished")
+    run(prepare(config(files, out, **SHORT)))
+    return out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+     "adapter_model.safetensors"],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_with_the_one_to_take_instead(
+    name, finished, files, tmp_path
+):
+    out = shutil.copytree(finished, tmp_path / "out")
+    again = config(files, out, resume=True, **SHORT)
+    earlier, last = out / "checkpoint-2", out / "checkpoint-4"
+    for checkpoint in (last, earlier):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="was cut off or is damaged") as refused:
+            prepare(again)
+        message = str(refused.value)
+        assert message.startswith(f"resume: {last / name} ")
+        assert "\n" not in message
+        if checkpoint is last:
+            assert message.endswith(f"; remove {last} to continue from checkpoint-2")
+        else:
+            assert message.endswith("no earlier checkpoint is whole; start again with --overwrite")
+    (last / name).unlink()
+    with pytest.raises(ValueError, match=rf"resume: .*{name} is missing|holds no weights"):
+        prepare(again)
+
+
+def test_what_is_left_of_a_damaged_run_is_resumed(finished, files, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(out / "checkpoint-4")
+    resumed = run(prepare(config(files, out, resume=True, **SHORT)))
+    ends = [load_file(x / "adapter" / "adapter_model.safetensors") for x in (finished, out)]
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+    assert resumed.report["steps"] == 4
+
+
+def changed(report, **entries):
+    return json.dumps({**report, **entries})
+
+
+MALFORMED = {
+    "it is no JSON file": lambda report: json.dumps(report)[:-9],
+    "it holds list": lambda report: "[]",
+    "config is missing": lambda report: "{}",
+    "config=3": lambda report: changed(report, config=3),
+    "config.model is missing": lambda report: changed(report, config={}),
+    "seconds='1'": lambda report: changed(report, seconds="1"),
+    "log holds something": lambda report: changed(report, log=[3]),
+    "without alignment_loss": lambda report: changed(report, measurements=[{"step": 0}]),
+}
+
+
+@pytest.mark.parametrize("words", MALFORMED)
+def test_a_malformed_report_is_named(words, finished, files, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    path = out / "run.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(MALFORMED[words](report), encoding="utf-8")
+    for use in (
+        lambda: prepare(config(files, out, resume=True, **SHORT)),
+        lambda: load_finished(out, None, 8),
+    ):
+        with pytest.raises(ValueError, match=words) as refused:
+            use()
+        assert str(refused.value).startswith(f"{path}: ")
 
 
 def test_the_adapter_loads_as_a_causal_language_model(files, tmp_path):

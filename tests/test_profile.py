@@ -14,7 +14,7 @@ from tiny_models import randomise, safety_batch, tiny_llama, with_lora
 from typer.testing import CliRunner
 
 from safeopt import SafetyProbe
-from safeopt.cli import app
+from safeopt.cli.app import app
 from safeopt.diagnostics.model_card import section, update_card
 from safeopt.diagnostics.overlap import overlap_scores
 from safeopt.diagnostics.profile import adapter_change, curvature_profile, full_change
@@ -130,7 +130,9 @@ def test_a_run_is_profiled_from_its_folder(files, tmp_path):
 
 def test_a_run_that_goes_on_is_not_profiled_by_its_earlier_adapter(tmp_path):
     (tmp_path / "adapter").mkdir()
-    write_json(tmp_path / "run.json", {"finished": False, "config": {"full": False}})
+    choices = {"safety": "safety.jsonl", "chat_template": None, "seed": 0, **RUN["config"]}
+    unfinished = {**RUN, "config": choices, "measurements": [], "finished": False, "seconds": 1.0}
+    write_json(tmp_path / "run.json", unfinished)
     with pytest.raises(FileNotFoundError, match="did not finish"):
         load_finished(tmp_path, None, 8)
     with pytest.raises(ValueError, match="examples=1: "):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from safeopt.data import read_examples
 from safeopt.diagnostics.profile import Change, adapter_change, full_change
-from safeopt.finetuning.prepare import REPORT
+from safeopt.finetuning.report import REPORT, read_report
 from safeopt.models import load_causal_lm
 from safeopt.safety_examples import as_batches, with_refusals
 
@@ -44,7 +43,8 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
 
     Raises:
         FileNotFoundError: if the folder holds no finished run, or a file is missing.
-        ValueError: if ``examples`` is below 2, or the aligned model does not refuse the prompts.
+        ValueError: if ``examples`` is below 2, a file is malformed, or the aligned model does not
+            refuse the prompts.
     """
     path = run / REPORT
     if not path.is_file():
@@ -53,7 +53,7 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
         )
     if examples < 2:
         raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_report(path)
     config = report["config"]
     folder = run / ("model" if config["full"] else "adapter")
     if not report["finished"] or not folder.is_dir():

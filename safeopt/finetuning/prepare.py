@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 
+from safeopt.finetuning.checkpoints import checkpoints, last_checkpoint
 from safeopt.finetuning.config import ADAMW, FinetuneConfig
 from safeopt.finetuning.inputs import Inputs, load_inputs
+from safeopt.finetuning.report import REPORT, read_report
 from safeopt.optim import optimizers
 from safeopt.probe import SafetyProbe
 
-REPORT = "run.json"
 # What a resumed run may change; a checkpoint silently overrules some of the rest.
 _FREE_TO_CHANGE = {"out", "resume", "overwrite"}
 _FREE_TO_CHANGE |= {"epochs", "max_steps", "save_steps", "logging_steps"}
@@ -45,8 +44,8 @@ def prepare(config: FinetuneConfig) -> Prepared:
         FileNotFoundError: if a file or a checkpoint is missing.
         FileExistsError: if ``out`` is a file, or holds a run and neither ``resume`` nor
             ``overwrite`` is set.
-        ValueError: if a file is malformed, the model has no chat template, or there is nothing to
-            protect since the model does not refuse the safety prompts.
+        ValueError: if a file is malformed or a checkpoint damaged, the model has no chat template,
+            or there is nothing to protect since the model does not refuse the safety prompts.
     """
     checkpoint = _checkpoint(config)
     inputs = load_inputs(config)
@@ -58,14 +57,10 @@ def _checkpoint(config: FinetuneConfig) -> str | None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out={out}: it is a file; expected a folder, new or empty")
     if config.resume:
-        found = get_last_checkpoint(str(out)) if out.is_dir() else None
-        if found is None:
-            raise FileNotFoundError(
-                f"resume: there is no checkpoint in {out}; run without --resume"
-            )
+        last = last_checkpoint(out)
         _check_unchanged(config, out / REPORT)
-        return str(found)
-    started = out.is_dir() and ((out / REPORT).exists() or get_last_checkpoint(str(out)))
+        return str(last)
+    started = (out / REPORT).exists() or checkpoints(out)
     if started and not config.overwrite:
         raise FileExistsError(
             f"out={out}: it holds a run already; continue it with --resume, or start again with "
@@ -81,7 +76,7 @@ def _check_unchanged(config: FinetuneConfig, report: Path) -> None:
             f"resume: there is no {report}, which says what was started; start again with "
             "--overwrite"
         )
-    before = json.loads(report.read_text(encoding="utf-8"))["config"]
+    before = read_report(report)["config"]
     for name, value in config.as_dict().items():
         was = before.get(name, value)
         # A folder may have moved; what lies in it has kept its name.

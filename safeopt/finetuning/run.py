@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from safeopt.data import collate
 from safeopt.files import write_json
+from safeopt.finetuning.checkpoints import checkpoints
 from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
 from safeopt.finetuning.inputs import alignment_loss
-from safeopt.finetuning.prepare import REPORT, Prepared
+from safeopt.finetuning.prepare import Prepared
+from safeopt.finetuning.report import REPORT, read_report, run_report
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
 
 _RESULT = {False: "adapter", True: "model"}  # by FinetuneConfig.full
@@ -80,7 +78,9 @@ def run(
     out = Path(config.out)
     if config.overwrite:
         _clear(out)
-    earlier = _seconds(out / REPORT)
+    report_path = out / REPORT
+    # Training time before a resume; `prepare` has checked that file.
+    earlier = float(read_report(report_path)["seconds"]) if config.resume else 0.0
     watcher = _Watcher(prepared, listener, should_stop)
     callbacks: list[TrainerCallback] = [watcher]
     if config.optimizer != ADAMW:
@@ -111,7 +111,7 @@ def run(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, nobody prints
-    write_json(out / REPORT, _report(prepared, trainer, False, earlier))
+    write_json(report_path, run_report(prepared, trainer, False, earlier))
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=prepared.checkpoint)
     finished = not watcher.stopped
@@ -120,9 +120,9 @@ def run(
         trainer.save_model(str(folder))
         prepared.inputs.tokenizer.save_pretrained(str(folder))
     seconds = earlier + time.perf_counter() - began
-    report = _report(prepared, trainer, finished, seconds)
+    report = run_report(prepared, trainer, finished, seconds)
     report["alignment_loss"]["end"] = alignment_loss(prepared.inputs.probe)
-    write_json(out / REPORT, report)
+    write_json(report_path, report)
     save_curves(report, out / _CURVES)
     return Outcome(finished, folder, report)
 
@@ -131,16 +131,9 @@ def _clear(out: Path) -> None:
     """Remove what an earlier run wrote, so that its checkpoints are not taken for this one's."""
     for name in (REPORT, _CURVES):
         (out / name).unlink(missing_ok=True)
-    for folder in (*out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(out / x for x in _RESULT.values())):
+    for folder in (*checkpoints(out), *(out / name for name in _RESULT.values())):
         if folder.is_dir():
             shutil.rmtree(folder)
-
-
-def _seconds(report: Path) -> float:
-    """Training time of the run that is resumed, 0 for a new one."""
-    if not report.is_file():
-        return 0.0
-    return float(json.loads(report.read_text(encoding="utf-8"))["seconds"])
 
 
 class _Rows:
@@ -210,31 +203,3 @@ class _Watcher(TrainerCallback):
                 safety_seconds / (time.perf_counter() - self._began),
             )
         )
-
-
-def _report(prepared: Prepared, trainer: Any, finished: bool, seconds: float) -> dict[str, Any]:
-    """What ``run.json`` holds: choices, counts, the log, measurements, cost and versions."""
-    config = prepared.config
-    report: dict[str, Any] = {
-        "config": config.as_dict(),
-        "finished": finished,
-        "steps": trainer.state.global_step,
-        "train_examples": len(prepared.inputs.rows),
-        "safety_prompts": {"used": prepared.inputs.refused[0], "given": prepared.inputs.refused[1]},
-        "trainable_parameters": sum(
-            p.numel() for p in prepared.inputs.model.parameters() if p.requires_grad
-        ),
-        "log": trainer.state.log_history,
-        "alignment_loss": {"start": prepared.inputs.alignment_loss, "end": None},
-        "measurements": [],
-        "passes": prepared.inputs.probe.passes.as_dict(),
-        "seconds": seconds,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        },
-    }
-    if config.optimizer != ADAMW:
-        history = safety_of(prepared.optimizer).history
-        report["measurements"] = [asdict(measurement) for measurement in history]
-    return report

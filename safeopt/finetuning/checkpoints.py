@@ -1,0 +1,71 @@
+"""The checkpoints in a run's folder, and whether their files are whole."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+# Without one of these Trainer would go on, but not from where the run stood.
+_NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the oldest first."""
+    found = {
+        int(number): folder
+        for folder in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := folder.name.rpartition("-")[2]).isdecimal() and folder.is_dir()
+    }
+    return [found[number] for number in sorted(found)]
+
+
+def last_checkpoint(out: Path) -> Path:
+    """The checkpoint from which a run is resumed.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if one of its files is missing or was cut off, saying which checkpoint is whole.
+    """
+    found = checkpoints(out)
+    if not found:
+        raise FileNotFoundError(f"resume: there is no checkpoint in {out}; run without --resume")
+    *earlier, last = found
+    damage = _damage(last)
+    if damage is None:
+        return last
+    whole = next((folder for folder in reversed(earlier) if _damage(folder) is None), None)
+    if whole is None:
+        cure = "no earlier checkpoint is whole; start again with --overwrite"
+    else:
+        after = found[found.index(whole) + 1 :]
+        cure = f"remove {', '.join(map(str, after))} to continue from {whole.name}"
+    raise ValueError(f"resume: {damage}; {cure}")
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """The first file that is not as it was written, and what is wrong with it."""
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    for path in (*(checkpoint / name for name in _NEEDED), *weights):
+        if not path.is_file():
+            return f"{path} is missing"
+        try:
+            _open(path)
+        except (ValueError, OSError, zipfile.BadZipFile, SafetensorError) as error:
+            return f"{path} was cut off or is damaged ({error})"
+    return None if weights else f"{checkpoint} holds no weights (*.safetensors)"
+
+
+def _open(path: Path) -> None:
+    """Look at where a file says what it holds: its end or its beginning, not all of it."""
+    if path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt"):
+            pass
+    else:
+        with zipfile.ZipFile(path):
+            pass
