@@ -9,7 +9,7 @@ import pytest
 from test_finetune import files  # the fixture is shared
 from typer.testing import CliRunner
 
-from safeopt.cli import app
+from safeopt.cli.app import app
 
 
 def arguments(files, *more):

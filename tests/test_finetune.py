@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from benchmarks import tiny
-from safeopt.cli import app
+from safeopt.cli.app import app
 from safeopt.finetuning import FinetuneConfig, prepare, run
 from safeopt.integrations.transformers import SafetyCallback, safety_of
 

@@ -8,7 +8,7 @@ from test_factored import factored
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 from typer.testing import CliRunner
 
-from safeopt.cli import app
+from safeopt.cli.app import app
 from safeopt.curvature.bases import empty_basis
 from safeopt.curvature.solvers import gram
 from safeopt.plan import Assumptions, architectures, load_config, meta_model, plan

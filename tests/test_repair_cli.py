@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_finetune import config, files  # the fixture `files` is shared
 from typer.testing import CliRunner
 
-from safeopt.cli import app
+from safeopt.cli.app import app
 from safeopt.finetuning import prepare, run
 
 

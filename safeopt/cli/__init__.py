@@ -1,33 +1,23 @@
-"""The command line: one file a command, `safeopt.cli.console` for what they share."""
+"""The command line: `safeopt.cli.app`, and one file a command; it needs the extra ``cli``."""
 
 from __future__ import annotations
 
-import typer
-
-from safeopt.cli.diagnose import diagnose
-from safeopt.cli.finetune import finetune
-from safeopt.cli.plan import plan
-from safeopt.cli.profile import profile
-from safeopt.cli.repair import repair
-
-app = typer.Typer(
-    help="Fine-tune an aligned language model without losing its alignment.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command()(finetune)
-app.command()(diagnose)
-app.command()(profile)
-app.command()(plan)
-app.command()(repair)
-
-
-@app.callback()
-def _commands() -> None:
-    """Fine-tune an aligned language model without losing its alignment."""
+import sys
 
 
 def main() -> None:
     """Entry point of the ``safeopt`` command."""
-    app()
+    try:
+        from safeopt.cli.app import app
+
+        app()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "safeopt"):
+            raise
+        print(
+            f"safeopt: the command line needs the package {package}, which is not installed; "
+            'run: pip install "safeopt-torch[cli]"',
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None

@@ -1,7 +1,9 @@
-"""What the commands share: the console, plain lines, and errors that the user can mend."""
+"""What the commands share: the console, plain lines, quiet libraries, errors a user can mend."""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +27,24 @@ def readable_errors() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What transformers, peft and bitsandbytes tell about their own insides is not shown."""
+    # It looks for a faster CPU kernel on the hub and warns that there is none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Show that models and data are loaded, without transformers' own bars and notes."""
+    with console.status(what):
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from safeopt.cli.console import console, readable_errors, say
+from safeopt.cli.console import console, loading, quiet_libraries, readable_errors, say
 from safeopt.finetuning.inputs import InputConfig
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ def diagnose(
 ) -> None:
     """Check whether a model is unstable under a task, before training. Writes nothing but --out."""
     config = dict(locals())
-    with readable_errors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what transformers and peft tell each other
+    with readable_errors(), quiet_libraries():
         for name in ("out", "batches", "rank", "examples"):
             config.pop(name)
         inputs = InputConfig(**config)
@@ -68,14 +66,10 @@ def diagnose(
 
 
 def _diagnose(config: InputConfig, batches: int, rank: int | None, examples: int) -> Diagnosis:
-    with console.status("loading and checking the model, the data and the safety prompts"):
-        from transformers.utils import logging as transformers_logging
-
+    with loading("loading and checking the model, the data and the safety prompts"):
         from safeopt.diagnostics import diagnose
         from safeopt.finetuning.inputs import load_inputs, task_batches
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
         inputs = load_inputs(config, at_most=examples)
         task = task_batches(inputs, config.batch_size, batches, config.seed)
     columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from safeopt.cli.console import console, readable_errors, say
+from safeopt.cli.console import console, loading, quiet_libraries, readable_errors, say
 from safeopt.finetuning.config import FinetuneConfig
 from safeopt.optim import optimizers
 
@@ -80,19 +79,14 @@ def finetune(
 ) -> None:
     """Fine-tune with LoRA (or --full), keeping the refusals of the safety prompts."""
     given = dict(locals())
-    with readable_errors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what transformers and peft tell each other
+    with readable_errors(), quiet_libraries():
         _finetune(FinetuneConfig(**given))
 
 
 def _finetune(config: FinetuneConfig) -> None:
-    with console.status("loading and checking the model, the data and the safety prompts"):
-        from transformers.utils import logging as transformers_logging
-
+    with loading("loading and checking the model, the data and the safety prompts"):
         from safeopt.finetuning import Progress, prepare, run
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
         prepared = prepare(config)
     used, asked = prepared.inputs.refused
     say(f"{len(prepared.inputs.rows)} training examples; {used} of {asked} safety prompts are used")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from safeopt.cli.console import console, readable_errors, say
+from safeopt.cli.console import console, loading, quiet_libraries, readable_errors, say
 
 
 def profile(
@@ -26,8 +25,7 @@ def profile(
     ] = True,
 ) -> None:
     """Compare a fine-tuned model with the aligned one: curvature, alignment loss, overlap."""
-    with readable_errors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what transformers and peft tell each other
+    with readable_errors(), quiet_libraries():
         found, result = _profile(run, safety, rank, examples)
         from safeopt.diagnostics.model_card import section, update_card
         from safeopt.diagnostics.profile_plots import profile_plots
@@ -51,14 +49,10 @@ def profile(
 
 
 def _profile(run: Path, safety: Path | None, rank: int, examples: int) -> tuple[Any, Any]:
-    with console.status("loading the model before and after, and its safety prompts"):
-        from transformers.utils import logging as transformers_logging
-
+    with loading("loading the model before and after, and its safety prompts"):
         from safeopt.diagnostics.profile import curvature_profile
         from safeopt.finetuning.finished import load_finished
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
         found = load_finished(run, safety, examples)
     with console.status("two passes over the safety examples"):
         return found, curvature_profile(found.change, found.batches, found.report, rank=rank)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from safeopt.cli.console import console, readable_errors, say
+from safeopt.cli.console import console, loading, quiet_libraries, readable_errors, say
 from safeopt.finetuning.repair import RepairConfig
 from safeopt.optim.repair import RepairReport
 
@@ -46,19 +45,14 @@ def repair(
 ) -> None:
     """Restore the refusals that a fine-tuned model has lost, and keep what it has learned."""
     given = dict(locals())
-    with readable_errors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what transformers and peft tell each other
+    with readable_errors(), quiet_libraries():
         _repair(RepairConfig(**given))
 
 
 def _repair(config: RepairConfig) -> None:
-    with console.status("loading the models and the prompts"):
-        from transformers.utils import logging as transformers_logging
-
+    with loading("loading the models and the prompts"):
         from safeopt.finetuning.repair import prepare_repair, run_repair
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
         prepared = prepare_repair(config)
     what = "adapter" if prepared.is_adapter else "all weights"
     say(
