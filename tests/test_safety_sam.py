@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizer_table import NEVER, copies, equal
 from optimizer_table import probe_of as language_probe
+from pytorch_optimizer import SAM
 from quadratic import Quadratic, dense_basis, orthogonal, probe_of
 from safetensors.torch import load_file
 from tiny_models import task_step, tiny_llama, trainable, with_lora
@@ -87,12 +88,11 @@ def test_the_whole_space_is_plain_sam(base):
 
 
 def test_the_whole_space_is_pytorch_optimizers_sam():
-    library = pytest.importorskip("pytorch_optimizer")
     model, probe = problem(rank=9)
     base = sgd(model.parameters())
     optimizer = build(model, probe, base=base, damping=0, **{"examples": 9})
     plain, _ = problem()
-    reference = library.SAM(plain.parameters(), torch.optim.SGD, rho=0.1, lr=0.05, momentum=0.9)
+    reference = SAM(plain.parameters(), torch.optim.SGD, rho=0.1, lr=0.05, momentum=0.9)
 
     def closure():  # of tensors: that library's closure is called with gradients enabled
         reference.zero_grad()
@@ -286,6 +286,36 @@ def test_gradient_scaler_with_two_passes(overflow):
             train(plain, reference, 1)
         assert relative_error(model.x, plain.x) < 1e-12
     assert optimizer.safety.step_count == (3 if overflow is None else 2)
+
+
+@pytest.mark.parametrize("cleared_by", ["optimizer", "optimizer, to zeros", "model"])
+def test_a_second_pass_does_not_outlive_its_gradients(cleared_by):
+    """A scaler skips the step after it: the next step needs a second pass of its own."""
+    model, probe = problem()
+    optimizer = build(model, probe)
+    clear = {
+        "optimizer": optimizer.zero_grad,
+        "optimizer, to zeros": lambda: optimizer.zero_grad(set_to_none=False),
+        "model": model.zero_grad,
+    }[cleared_by]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(model.task()).backward()
+    with optimizer.second_pass():
+        scaler.scale(model.task() * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.safety.step_count == 0
+    clear()
+    scaler.scale(model.task()).backward()
+    with pytest.raises(RuntimeError, match="evaluates the loss twice"):
+        scaler.step(optimizer)
+    scaler.update()
+    clear()
+    scaler.scale(model.task()).backward()
+    with optimizer.second_pass():
+        scaler.scale(model.task()).backward()
+    scaler.step(optimizer)
+    assert optimizer.safety.step_count == 1
 
 
 def test_gradient_scaler_with_lookahead():

@@ -39,7 +39,7 @@ class SAM(AdamW):
         super().__init__(setup, options)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        import pytorch_optimizer  # an optional part of the benchmark
+        import pytorch_optimizer  # its import takes a second, and only two methods need it
 
         return pytorch_optimizer.SAM(
             self.setup.params,
