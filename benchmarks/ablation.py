@@ -14,6 +14,7 @@ from benchmarks.charts import scale
 from benchmarks.config import ConfigError, RunConfig
 from benchmarks.leaderboard import environment
 from benchmarks.records import FILE, Record, Result, read_result
+from safeopt.files import write_whole
 
 PAGE, MARKDOWN = "ablation.html", "ablation.md"
 WIDTH, ROW, LEFT = 460, 26, 190  # pixels
@@ -82,9 +83,8 @@ def ablation(folder: Path, console: Console) -> Path:
             table.add_row(*cells)
             lines.append(f"| {' | '.join(cells)} |")
     console.print(table)
-    (folder / MARKDOWN).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    page = folder / PAGE
-    page.write_text(_html(result, found), encoding="utf-8")
+    write_whole(folder / MARKDOWN, "\n".join(lines) + "\n")
+    page = write_whole(folder / PAGE, _html(result, found))
     console.print(f"wrote {page} and {MARKDOWN}", soft_wrap=True)
     return page
 

@@ -24,6 +24,7 @@ from benchmarks.inference import Row
 from benchmarks.models import smollm2
 from benchmarks.tasks import REFUSAL, refusal_row
 from safeopt.data import collate
+from safeopt.files import write_whole
 from safeopt.losses import IGNORE, ReferenceKL, refusal_nll
 from safeopt.refusals import generate
 
@@ -133,7 +134,7 @@ def _save(model: Any, out: Path, steps: int, seed: int, losses: tuple[float, flo
     weights = load_file(out / WEIGHTS)
     halved = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
     save_file(halved, out / WEIGHTS, metadata={"format": "pt"})
-    (out / "README.md").write_text(_readme(steps, seed, losses), encoding="utf-8")
+    write_whole(out / "README.md", _readme(steps, seed, losses))
 
 
 def _readme(steps: int, seed: int, losses: tuple[float, float]) -> str:

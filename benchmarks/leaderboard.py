@@ -15,6 +15,7 @@ from benchmarks.config import BASELINE
 from benchmarks.frontier import Interval
 from benchmarks.metrics import metric_of
 from benchmarks.standings import Row, Standings, standings
+from safeopt.files import write_whole
 
 PAGE, MARKDOWN = "leaderboard.html", "leaderboard.md"
 FRONTIER = (640, 440, 56, 44)  # width, height, left and bottom margins, in pixels
@@ -32,9 +33,8 @@ def leaderboard(folder: Path, console: Console) -> Path:
     """
     found = standings(folder)
     console.print(_terminal(found))
-    (folder / MARKDOWN).write_text(markdown(found), encoding="utf-8")
-    page = folder / PAGE
-    page.write_text(_html(found), encoding="utf-8")
+    write_whole(folder / MARKDOWN, markdown(found))
+    page = write_whole(folder / PAGE, _html(found))
     console.print(f"wrote {page} and {MARKDOWN}", soft_wrap=True)
     return page
 

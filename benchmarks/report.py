@@ -14,6 +14,7 @@ from benchmarks.config import ConfigError
 from benchmarks.figures import Figure, Summary, Target, summaries, targets
 from benchmarks.plots import data_uri, plots, save
 from benchmarks.records import FILE, Result, read_result
+from safeopt.files import write_whole
 
 PAGE = "report.html"
 
@@ -39,8 +40,7 @@ def report(folder: Path, console: Console) -> Path:
     console.print(_target_table(methods, asked))
     figures = plots(result)
     save(figures, folder)
-    page = folder / PAGE
-    page.write_text(_html(result, methods, asked, figures), encoding="utf-8")
+    page = write_whole(folder / PAGE, _html(result, methods, asked, figures))
     console.print(f"wrote {page}")
     return page
 

@@ -3,8 +3,9 @@
 python tests/crash_run.py NAME FOLDER STEPS
 
 It writes ``FOLDER/step-N.pt`` (model, optimizer, RNG, learning-rate schedule), resumes from the
-latest one that is there, and prints a line after every step. Dropout and the data draw from torch's
-global generator. The model is plain torch, so that a process starts in a second or two.
+latest one that is there, and prints which safeopt it runs, then a line after every step. Dropout
+and the data draw from torch's global generator. The model is plain torch, so that a process starts
+in a second or two.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from tiny_models import VOCAB, safety_batch
 from torch import Tensor, nn
 
+import safeopt
 from safeopt import (
     PreconditionedSGD,
     ProjectedAdamW,
@@ -120,4 +122,5 @@ def save(path: Path, model, optimizer, scheduler, step: int) -> None:
 
 
 if __name__ == "__main__":
+    print(safeopt.__file__, flush=True)
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from full_disk import assert_pages_survive
 from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import tiny
 from benchmarks.__main__ import app
+from benchmarks.ablation import ablation
 from benchmarks.charts import scale
 from benchmarks.config import ConfigError, RunConfig, SweepConfig
-from benchmarks.leaderboard import markdown
+from benchmarks.leaderboard import leaderboard, markdown
 from benchmarks.records import read_result
 from benchmarks.run import run
 from benchmarks.standings import standings
@@ -156,6 +158,8 @@ def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
     assert text == markdown(found)
     assert "**projected_adamw**" in text
     assert "| adamw | baseline |" in text
+    pages = (folder / "leaderboard.md", folder / "leaderboard.html")
+    assert_pages_survive(lambda: leaderboard(folder, QUIET), *pages)
 
 
 def test_failed_and_missing_runs_are_told(folder: Path, tmp_path: Path):
@@ -190,6 +194,8 @@ def test_an_ablation_has_a_panel_for_each_option(tmp_path: Path):
     assert [line.split("|")[1:3] for line in lines[3:]] == [
         [" rank ", " 1 "], [" rank ", " 4 "], [" held ", " true "],
     ]  # fmt: skip
+    pages = (tmp_path / "ablation.md", tmp_path / "ablation.html")
+    assert_pages_survive(lambda: ablation(tmp_path, QUIET), *pages)
 
 
 def test_scales_have_round_ticks_and_hold_everything():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from full_disk import assert_pages_survive
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -341,3 +342,4 @@ def test_a_figure_that_falls_short_is_shown(invented: Result, tmp_path: Path):
         assert "✗ 125%" in shown
         assert "at most 25%" in shown
     assert "3 figures fall short" in page
+    assert_pages_survive(lambda: report(tmp_path, console), tmp_path / "report.html")

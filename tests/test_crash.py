@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import re
@@ -14,6 +15,9 @@ import pytest
 import torch
 from crash_run import BUILD, build, main
 
+import safeopt
+
+ROOT = Path(__file__).parents[1]  # the child imports the safeopt beside it, wherever it starts
 STEPS = 10
 # What torch.load raises depends on where the file ends.
 HALF_A_FILE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError)
@@ -54,9 +58,10 @@ def test_killed_and_resumed_runs_end_bit_identical(tmp_path, request):
         folder.mkdir()
         running[name] = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("crash_run.py"), name, folder, str(10**6)],
-            stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
     for name, process in running.items():
+        assert process.stdout.readline().strip() == safeopt.__file__
         at = random.randint(3, STEPS - 1)
         while int(process.stdout.readline()) < at:  # ValueError: it has ended by itself
             pass
