@@ -1,15 +1,16 @@
-"""The `safeopt` command as a whole: without its extra, and what it keeps other libraries from."""
+"""The commands as a whole: without their extra, and what other libraries say meanwhile."""
 
+import importlib
 import logging
+import os
 import runpy
+import subprocess
 import sys
-import warnings
+from pathlib import Path
 
 import pytest
 
-from benchmarks.quiet import be_quiet
 from safeopt.cli import main
-from safeopt.cli.console import quiet_libraries
 
 
 def forget_the_commands(monkeypatch):
@@ -45,24 +46,17 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug(monkeypatch):
         main()
 
 
-@pytest.fixture
-def level():
-    """The level of bitsandbytes's logger, before and afterwards as it is for a user."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before, logger.level = logger.level, logging.NOTSET
-    yield lambda: logger.getEffectiveLevel()
-    logger.setLevel(before)
+def test_help_has_no_notes_of_other_libraries():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "safeopt.cli", "--help"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(root)}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert done.stderr == ""
 
 
-def test_bitsandbytes_does_not_tell_about_kernels_in_our_commands(level):
-    others = logging.getLogger("bitsandbytes").getEffectiveLevel()
-    assert level() <= logging.WARNING
-    with quiet_libraries():
-        assert level() == logging.ERROR
-    assert logging.getLogger("bitsandbytes").getEffectiveLevel() == others
-
-
-def test_nor_in_the_benchmarks(level):
-    with warnings.catch_warnings():
-        be_quiet()
-    assert level() == logging.ERROR
+def test_nor_do_the_benchmarks_and_the_processes_that_they_start():
+    importlib.import_module("benchmarks")
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 
 def main() -> None:
     """Entry point of the ``safeopt`` command."""
+    # As it is imported, it looks for a faster CPU kernel on the hub and warns that there is none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from safeopt.cli.app import app
 

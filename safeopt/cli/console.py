@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +30,7 @@ def readable_errors() -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """What transformers, peft and bitsandbytes tell about their own insides is not shown."""
-    # It looks for a faster CPU kernel on the hub and warns that there is none.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    """What transformers and peft tell each other is not shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
