@@ -32,14 +32,18 @@ def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone(), buffer._version)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for module, _ in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
     ]
+    # A solver comes through here at every product: what is as it should be is not written again.
+    training_now = any(training for _, training in modes)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)  # equal passes give equal products, whatever the model draws
-            model.eval()
+            if training_now:
+                model.eval()
             for module, training in modes:
                 checkpoints = checkpointing and training and _checkpoints(module)
                 if checkpoints or hasattr(module, "support_avx512bf16_for_cpu"):
@@ -47,7 +51,8 @@ def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]
             yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
         with torch.no_grad():
             for module, name, buffer, before, version in buffers:
                 if buffer._version != version:
