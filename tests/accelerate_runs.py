@@ -17,15 +17,19 @@ from safeopt import SafetyProbe
 MIDDLE = 9
 
 
-def accelerator(**options: Any) -> Accelerator:
-    """Accelerate with FSDP2 in a process group of CPUs.
+def let_it_shard() -> None:
+    """Accelerate shards on accelerators only: tell it that the processes of this group have some.
 
-    It starts to shard on accelerators only, and is told here that these processes have some; all
-    that follows is its own code.
+    All that follows is its own code, on CPUs.
     """
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def accelerator(**options: Any) -> Accelerator:
+    """Accelerate with FSDP2 in a process group."""
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    let_it_shard()
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -1,4 +1,4 @@
-"""An ordinary Trainer on two processes (DDP over gloo) trains what it trains on one."""
+"""An ordinary Trainer on two processes (DDP, FSDP2; gloo) trains what it trains on one."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
+CASES = [*(("ddp", kind) for kind in work.KINDS), ("fsdp2", "safeguard"), ("fsdp2", "lookahead")]
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """results[layout, kind]: what each rank has returned."""
+    """results[layout, kind, resumed]: what each rank has returned."""
     folder = tmp_path_factory.mktemp("runs")
+    alone = [("one", kind, None) for kind in work.KINDS]
+    again = [("one", kind, folder / f"ddp-{kind}") for kind in work.KINDS]
+    both = [(*case, None) for case in CASES]
+    both += [(*case, folder / "-".join(case)) for case in CASES]
     found = {}
-    for name, ranks, jobs in (
-        ("one", 0, [("train", kind, None) for kind in work.KINDS]),
-        (
-            "two",
-            2,
-            [("train", kind, None) for kind in work.KINDS]
-            + [("resume", kind, folder / f"two-{kind}") for kind in work.KINDS],
-        ),
-        ("one again", 0, [("resume", kind, folder / f"two-{kind}") for kind in work.KINDS]),
-    ):
+    for ranks, runs in ((2, both), (0, [*alone, *again])):
         tasks = [
-            (work.train, folder / f"{name}-{kind}{'-resumed' if resume else ''}", kind, resume)
-            for _, kind, resume in jobs
+            (
+                work.train,
+                folder / f"{layout}-{kind}{'-again' * bool(resume)}",
+                layout,
+                kind,
+                resume,
+            )
+            for layout, kind, resume in runs
         ]
         answers = zip(*run_ranks(ranks, in_turn, tasks), strict=True)
-        found |= {(name, *job[:2]): each for job, each in zip(jobs, answers, strict=True)}
+        for (layout, kind, resume), each in zip(runs, answers, strict=True):
+            found[layout, kind, resume is not None] = each
     return found
-
-
-kinds = pytest.mark.parametrize("kind", work.KINDS)
 
 
 def assert_same(found, expected, tolerance):
@@ -48,19 +49,20 @@ def assert_same(found, expected, tolerance):
             assert (one - other).abs().max() <= tolerance
 
 
-@kinds
-def test_two_processes_train_what_one_trains(results, kind):
-    found, (expected,) = results["two", "train", kind], results["one", "train", kind]
-    assert [mine["wrapped"] for mine in found] == ["DistributedDataParallel"] * 2
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_two_processes_train_what_one_trains(results, layout, kind):
+    found, (expected,) = results[layout, kind, False], results["one", kind, False]
+    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}[layout]
+    assert [mine["wrapped"] for mine in found] == [wrapper] * 2
     assert {6, 9, 15, 18, 20} <= set(expected["refreshes"]), "refreshes, checkpoints and the end"
     assert_same(found, expected, 1e-5)
 
 
-@kinds
-def test_a_resumed_run_equals_an_uninterrupted_one(results, kind):
-    assert_same(results["two", "resume", kind], results["two", "train", kind][0], 0)
+@pytest.mark.parametrize(("layout", "kind"), CASES)
+def test_a_resumed_run_equals_an_uninterrupted_one(results, layout, kind):
+    assert_same(results[layout, kind, True], results[layout, kind, False][0], 0)
 
 
-@kinds
+@pytest.mark.parametrize("kind", work.KINDS)
 def test_a_checkpoint_of_two_processes_resumes_on_one(results, kind):
-    assert_same(results["one again", "resume", kind], results["one", "train", kind][0], 1e-5)
+    assert_same(results["one", kind, True], results["one", kind, False][0], 1e-5)
