@@ -1,8 +1,34 @@
 """Which way `SafetySAM` perturbs the parameters, and what it remembers from step to step.
 
-ε = ρ·U e with a unit vector e in the k coordinates of the safety subspace: along m, the present or
-averaged Uᵀg (``ascent="task"``), or along the slope of the alignment loss's surrogate
-(``ascent="safety"``). Everything here is arithmetic on k numbers.
+ε = ρ·U e with a unit vector e in the k coordinates of the safety subspace. Everything here is
+arithmetic on k numbers.
+
+**ascent="task"**: e = m/‖m‖ with m = Uᵀg climbs the task loss inside the subspace. To first order
+
+    L(θ + ε) = L(θ) + gᵀε = L(θ) + ρ‖Pg‖,      ∇L(θ + ε) ≈ g + ρ H P g/‖Pg‖ = ∇(L + ρ‖Pg‖)
+
+so the step also descends ‖Pg‖, the force with which the task pushes into the subspace (condition 2
+of the Alignment Instability Condition). That force grows at the rate of the coupling, UᵀHg: under
+gradient flow of L + ρ‖Pg‖ in one direction u, with s = uᵀg,
+
+    ṡ = −uᵀHg − ρ‖Hu‖² sign(s)
+
+Where ρ‖Hu‖² > |uᵀHg| (the coupling is overcome) s slides along 0 and the drift ċ = −s that makes
+c quadratic in time is gone. A side effect remains: on the sliding surface sign(s) averages
+σ = −uᵀHg/(ρ‖Hu‖²), and −ρH u σ has itself a component in u, so that
+
+    ċ = uᵀHu · uᵀHg / ‖Hu‖²
+
+a drift linear in time where the task is curved along u: the task gradient's component stays zero
+because c moves. The shared map takes this out, as it lies in the subspace.
+
+**ascent="safety"**: e = ∇Â(c)/‖∇Â(c)‖, ∇Â(c) = b + sΛc, climbs the alignment loss's surrogate. The
+step evaluates the task where alignment is worse by ρ‖∇Â‖, and comes to rest where that point is
+optimal for the task: ∇L(θ + ε) = 0, θ = θ* − ρUe, whose alignment loss is lower by ρ‖∇Â‖ than that
+of the task's optimum θ*. It is a safety margin of length ρ. To first order it adds −ρHUe to the
+velocity: an immediate pull −ρeᵀUᵀHUe down the alignment loss, where the task is curved along Ue.
+Where it is not, nothing pulls, and the minimised term ρ gᵀUe even favours a task slope that points
+out of the safe region: the drift's acceleration along Ue grows by ρ‖HUe‖² instead of vanishing.
 """
 
 from __future__ import annotations
@@ -43,8 +69,24 @@ class SubspaceAscent:
         self._momentum: Tensor | None = None
         self._subspace: SafetySubspace | None = None  # in whose basis the momentum is
 
-    def coordinates(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
-        """Uᵀg, shape ``(k,)``; None without a subspace."""
+    def coordinates(
+        self, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Uᵀg of the loss that is minimised, shape ``(k,)``; None without a subspace.
+
+        Args:
+            groups: the optimizer's; those with ``maximize=True`` minimise the loss's negative.
+            params: the protected parameters, with their gradients.
+
+        Raises:
+            TypeError: if a gradient is sparse.
+        """
+        climbing = {id(p) for group in groups if group.get("maximize") for p in group["params"]}
+        gradients = [
+            p.grad.neg() if p.grad is not None and id(p) in climbing else p.grad for p in params
+        ]
+        if any(g is not None and g.is_sparse for g in gradients):
+            raise TypeError("params: SafetySAM does not support sparse gradients")
         if self._subspace is None:
             return None
         return self._subspace.basis.coordinates(gradients)

@@ -4,38 +4,14 @@ A base optimizer steps with the task gradient of a point beside the parameters,
 
     θ ← step(θ, ∇L(θ + ε)),     ε = ρ·U e,   e ∈ Rᵏ a unit vector in the safety subspace
 
-**ascent="task"**: e = m/‖m‖ with m = Uᵀg climbs the task loss inside the subspace. To first order
+`safeopt.optim.ascent` derives what the two directions e achieve, and what they do not: the drift
+that remains lies in the subspace, where the shared map takes it out. With it SafetySAM turns the
+task towards optima that do not push into the subspace, and the map keeps c in place meanwhile.
 
-    L(θ + ε) = L(θ) + gᵀε = L(θ) + ρ‖Pg‖,      ∇L(θ + ε) ≈ g + ρ H P g/‖Pg‖ = ∇(L + ρ‖Pg‖)
-
-so the step also descends ‖Pg‖, the force with which the task pushes into the subspace (condition 2
-of the Alignment Instability Condition). That force grows at the rate of the coupling, UᵀHg: under
-gradient flow of L + ρ‖Pg‖ in one direction u, with s = uᵀg,
-
-    ṡ = −uᵀHg − ρ‖Hu‖² sign(s)
-
-Where ρ‖Hu‖² > |uᵀHg| (the coupling is overcome) s slides along 0 and the drift ċ = −s that makes
-c quadratic in time is gone. A side effect remains: on the sliding surface sign(s) averages
-σ = −uᵀHg/(ρ‖Hu‖²), and −ρH u σ has itself a component in u, so that
-
-    ċ = uᵀHu · uᵀHg / ‖Hu‖²
-
-a drift linear in time where the task is curved along u: the task gradient's component stays zero
-because c moves. The shared map takes this out, as it lies in the subspace: with it SafetySAM turns
-the task towards optima that do not push into the subspace, and the map keeps c in place meanwhile.
-
-**ascent="safety"**: e = ∇Â(c)/‖∇Â(c)‖, ∇Â(c) = b + sΛc, climbs the alignment loss's surrogate. The
-step evaluates the task where alignment is worse by ρ‖∇Â‖, and comes to rest where that point is
-optimal for the task: ∇L(θ + ε) = 0, θ = θ* − ρUe, whose alignment loss is lower by ρ‖∇Â‖ than that
-of the task's optimum θ*. It is a safety margin of length ρ. To first order it adds −ρHUe to the
-velocity: an immediate pull −ρeᵀUᵀHUe down the alignment loss, where the task is curved along Ue.
-Where it is not, nothing pulls, and the minimised term ρ gᵀUe even favours a task slope that points
-out of the safe region: the drift's acceleration along Ue grows by ρ‖HUe‖² instead of vanishing.
-
-**Two ways to evaluate ∇L(θ + ε).** ``two_pass`` runs a closure at θ and again at θ + ε: m is the
-present gradient, at twice the cost. ``lookahead`` holds the parameters at θ + ε between the steps,
-so that the one backward pass of any training loop yields ∇L(θ + ε); m is the exponential average
-of past Uᵀg, k numbers, which a refresh carries over to the new basis as U_newᵀU_old m.
+**Two ways to evaluate ∇L(θ + ε).** ``two_pass`` runs a closure at θ and again at θ + ε: the task's
+e is that of the present Uᵀg, at twice the cost. ``lookahead`` holds the parameters at θ + ε between
+the steps, so that the one backward pass of any training loop yields ∇L(θ + ε); its e is that of an
+exponential average of past Uᵀg, k numbers, which a refresh carries over to the new basis.
 
 In both, θ is kept as a copy while the parameters are perturbed (`HeldParameters` says why): one
 number for each protected parameter beside the k of the basis.
@@ -49,7 +25,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -191,10 +166,14 @@ class SafetySAM(OptimizerWrapper):
         **base_options: Any,
     ) -> None:
         _check_arguments(rho, mode, ascent, beta, protection)
-        config = SafetyConfig(
+        alone = damping == 0 and rho > 0  # SAM without the map still needs the subspace
+        base = safeguard(
+            base_of(params, base_optimizer, base_options),
+            probe,
+            on_refresh_error=on_refresh_error,
             rank=rank,
-            mode=protection,
-            damping=damping,
+            mode="none" if alone else protection,
+            damping=1.0 if alone else damping,
             budget=budget,
             refresh=RefreshPolicy() if refresh is None else refresh,
             examples=examples,
@@ -206,11 +185,7 @@ class SafetySAM(OptimizerWrapper):
             basis=basis,
             seed=seed,
         )
-        if damping == 0 and rho > 0:
-            config = replace(config, mode="none", damping=1.0)
-        base = base_of(params, base_optimizer, base_options)
-        options = {name: getattr(config, name) for name in SafetyConfig.__dataclass_fields__}
-        super().__init__(safeguard(base, probe, on_refresh_error=on_refresh_error, **options))
+        super().__init__(base)
         self.safety: SafetyGeometry = base.safety  # type: ignore[attr-defined]
         self.rho = float(rho)
         self.mode = mode
@@ -378,17 +353,7 @@ class SafetySAM(OptimizerWrapper):
     def _inside(self) -> Tensor | None:
         """Uᵀg of the loss that is minimised, shape ``(k,)``; None without a subspace."""
         self._ascent.carry(self._params())
-        descends = {
-            p: -1 if group.get("maximize", False) else 1
-            for group in self.param_groups
-            for p in group["params"]
-        }
-        gradients = [
-            p.grad if p.grad is None or descends[p] > 0 else p.grad.neg() for p in self._params()
-        ]
-        if any(g is not None and g.is_sparse for g in gradients):
-            raise TypeError("params: SafetySAM does not support sparse gradients")
-        return self._ascent.coordinates(gradients)
+        return self._ascent.coordinates(self.param_groups, self._params())
 
     def _look_ahead(self) -> None:
         """In training with ``lookahead``, hold the parameters at θ + ε."""
