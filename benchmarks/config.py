@@ -1,21 +1,17 @@
 """The config of a benchmark run: what is trained on what, by which methods, and how it is measured.
 
-A config is a YAML file; `load_config` reads it and says exactly what is wrong with it.
+A config is a YAML file; `load_config` reads it and says exactly what is wrong with it. Its parts
+are in `benchmarks.settings`, the entries of ``methods`` in `benchmarks.entries`.
 """
 
 from __future__ import annotations
 
-import json
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -23,12 +19,35 @@ from pydantic import (
     model_validator,
 )
 
-from benchmarks.methods import method_class
+from benchmarks.entries import MethodConfig, problems, varied
+from benchmarks.settings import (
+    ALIGNED,
+    TINY,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    Strict,
+    TaskConfig,
+)
+
+__all__ = [
+    "ALIGNED",
+    "BASELINE",
+    "CONFIGS",
+    "TINY",
+    "ConfigError",
+    "EvaluationConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SweepConfig",
+    "TaskConfig",
+    "TuningConfig",
+    "load_config",
+]
 
 CONFIGS = Path(__file__).parent / "configs"
-TINY = "tiny"
-ALIGNED = "smollm2-aligned"
-BUILT_IN = ("codeio", "gsm8k", "summaries", "tiny")
 BASELINE = "adamw"
 
 
@@ -36,208 +55,7 @@ class ConfigError(ValueError):
     """A config file that cannot be used, with every problem in it."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelConfig(_Strict):
-    """The model that is fine-tuned.
-
-    Attributes:
-        name: ``smollm2-aligned``, ``tiny``, or any hub name, local folder or GGUF file.
-        dtype: of its parameters.
-        unaligned: the same for the model from before its alignment, which Safe LoRA needs. The two
-            built-in models have one.
-        architecture: one of `safeopt.plan.architectures`, for a dry run.
-        dry: a model of the same architecture, but tiny and with random weights, stands in for it.
-    """
-
-    name: str
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    unaligned: str | None = None
-    architecture: str | None = None
-    dry: bool = False
-
-
-class TaskConfig(_Strict):
-    """The harmless task.
-
-    Attributes:
-        name: ``codeio``, ``gsm8k``, ``summaries``, ``tiny``, a file of JSON lines, or a data set on
-            the hub.
-        subset: of a data set on the hub.
-        split: likewise.
-        prompt: column of the prompts; without it a row has one of the forms of `safeopt.data`.
-        response: column of the responses.
-        instruction: stands before every prompt of the column.
-        max_length: tokens at which an example is cut off.
-        min_response_tokens: examples with a shorter response within the cut are left out.
-        full_length: leave out examples shorter than ``max_length``, so that all batches are equal.
-        eval_examples: held-out examples on which the task loss is measured.
-        val_examples: others, on which it is measured with the split ``val``; 0 for the same.
-    """
-
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    prompt: str | None = None
-    response: str | None = None
-    instruction: str = ""
-    max_length: PositiveInt = 128
-    min_response_tokens: PositiveInt = 1
-    full_length: bool = False
-    eval_examples: PositiveInt = 8
-    val_examples: NonNegativeInt = 0
-
-    @field_validator("name")
-    @classmethod
-    def _has_a_source(cls, name: str) -> str:
-        if name not in BUILT_IN and "/" not in name and not name.endswith(".jsonl"):
-            raise ValueError(
-                f"expected {', '.join(BUILT_IN)}, a file of JSON lines (.jsonl), or owner/name on "
-                "the hub"
-            )
-        return name
-
-    @model_validator(mode="after")
-    def _columns(self) -> TaskConfig:
-        if (self.prompt is None) != (self.response is None):
-            raise ValueError("prompt and response: name both columns or neither")
-        if self.name in BUILT_IN and (self.prompt or self.subset or self.instruction):
-            raise ValueError(
-                "prompt, response, subset and instruction are for other data than "
-                f"{', '.join(BUILT_IN)}"
-            )
-        return self
-
-
-class LoraConfig(_Strict):
-    """Low-rank adapters, as in PEFT."""
-
-    r: PositiveInt = 8
-    alpha: PositiveInt = 16
-    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
-
-
-class EvaluationConfig(_Strict):
-    """How a run is measured.
-
-    Attributes:
-        every: steps between two points of the curve.
-        split: HarmBench's ``val`` for choosing hyperparameters, ``test`` for published figures.
-        alignment_prompts: harmful prompts on which the alignment loss is measured.
-        refusal_prompts: harmful prompts that are answered at the start and the end.
-        over_refusal_prompts: harmless prompts that look harmful, likewise.
-        new_tokens: length of an answer; a refusal shows in its first words.
-        harmless_kl: measure KL(π_θ₀ ‖ π_θ) on the aligned model's answers to the harmless prompts.
-        per_prompt: keep the alignment loss of each prompt, for intervals.
-        metric_examples: held-out task examples that are answered for the task's metric; 0 for none.
-        metric_tokens: length of such an answer.
-    """
-
-    every: PositiveInt = 4
-    split: Literal["val", "test"] = "test"
-    alignment_prompts: PositiveInt = 20
-    refusal_prompts: PositiveInt = 64
-    over_refusal_prompts: PositiveInt = 32
-    new_tokens: PositiveInt = 9
-    harmless_kl: bool = False
-    per_prompt: bool = False
-    metric_examples: NonNegativeInt = 0
-    metric_tokens: PositiveInt = 64
-
-
-class MethodConfig(BaseModel):
-    """One method and its own options, which stand beside these.
-
-    Attributes:
-        name: as `benchmarks.methods.method_class` takes it.
-        label: the name in the result; the same method may run twice under two labels.
-        learning_rate: instead of the run's.
-        group: what this entry is a variant of, in reports.
-        vary: options, each with the values that it takes while all others stay as they are: one
-            entry for each value (an ablation).
-        grid: options (and ``learning_rate``), each with the values to try, in every combination;
-            only in a sweep.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-    label: str = ""
-    learning_rate: PositiveFloat | None = None
-    group: str = ""
-    grid: dict[str, tuple[Any, ...]] = {}
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        method_class(name)
-        return name
-
-    @model_validator(mode="after")
-    def _valid_options(self) -> MethodConfig:
-        try:
-            self.options()
-        except ValidationError as error:
-            raise ValueError("; ".join(_problems(error))) from None
-        return self
-
-    def options(self) -> BaseModel:
-        """The options that stand beside the name, as the method's own model."""
-        return method_class(self.name).Options.model_validate(self.model_extra or {})
-
-    @property
-    def key(self) -> str:
-        """The name under which the result lists this method."""
-        return self.label or self.name
-
-    @property
-    def family(self) -> str:
-        """The name under which reports gather the variants of an entry."""
-        return self.group or self.key
-
-    def points(self) -> tuple[MethodConfig, ...]:
-        """One entry for each combination of the grid's values, in its order."""
-        return tuple(
-            self._with(dict(zip(self.grid, values, strict=True)))
-            for values in product(*self.grid.values())
-        )
-
-    def _with(self, changes: dict[str, Any]) -> MethodConfig:
-        fields = self.model_dump(exclude={"grid"})
-        label = f"{self.key}[{_shown(changes)}]" if changes else self.key
-        return MethodConfig.model_validate(
-            {**fields, **changes, "label": label, "group": self.family}
-        )
-
-
-def _shown(changes: dict[str, Any]) -> str:
-    """Options and values for a label: ``rank=8,mode=damp``."""
-    return ",".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={json.dumps(value)}"
-        for name, value in changes.items()
-    ).replace('"', "")
-
-
-def _varied(entry: Any) -> list[Any]:
-    """The entries that ``vary`` stands for."""
-    if not isinstance(entry, dict) or "vary" not in entry:
-        return [entry]
-    plain = {key: value for key, value in entry.items() if key != "vary"}
-    if not isinstance(entry["vary"], dict):
-        raise ValueError("vary: expected options, each with a list of values")
-    entries = []
-    for name, values in entry["vary"].items():
-        if not isinstance(values, list):
-            raise ValueError(f"vary.{name}: expected a list of values")
-        for value in values:
-            label = _shown({name: value})
-            # The group is the option: one panel of the ablation plots.
-            entries.append({**plain, name: value, "label": label, "group": name})
-    return entries
-
-
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """A comparison: every method with every seed, on equal data and steps.
 
     Attributes:
@@ -262,7 +80,7 @@ class RunConfig(_Strict):
     def _expanded(cls, methods: Any) -> Any:
         if not isinstance(methods, list):
             return methods
-        return [entry for method in methods for entry in _varied(method)]
+        return [entry for method in methods for entry in varied(method)]
 
     @model_validator(mode="after")
     def _no_grid(self) -> RunConfig:
@@ -292,7 +110,7 @@ class RunConfig(_Strict):
         return self.model_dump(mode="json")
 
 
-class TuningConfig(_Strict):
+class TuningConfig(Strict):
     """How a sweep chooses among a method's grid points, on the split ``val``.
 
     Attributes:
@@ -333,7 +151,7 @@ class SweepConfig(RunConfig):
             try:
                 method.points()
             except ValidationError as error:
-                raise ValueError(f"{method.key}: {'; '.join(_problems(error))}") from None
+                raise ValueError(f"{method.key}: {'; '.join(problems(error))}") from None
         return self
 
     def stage(
@@ -369,7 +187,7 @@ def load_config(path: Path) -> RunConfig:
     try:
         return (SweepConfig if "tuning" in data else RunConfig).model_validate(data)
     except ValidationError as error:
-        lines = "\n".join(f"  {problem}" for problem in _problems(error))
+        lines = "\n".join(f"  {problem}" for problem in problems(error))
         raise ConfigError(f"{path}: this config cannot be used\n{lines}") from None
 
 
@@ -394,17 +212,3 @@ def _read(path: Path) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(known, dict)
         whole[name] = {**known, **value} if both else value
     return whole
-
-
-def _problems(error: ValidationError) -> list[str]:
-    """One line for each problem: where it is, what was given, what is wrong."""
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        what = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            what = "no such setting; check the spelling"
-        elif problem["type"] != "missing" and not isinstance(problem["input"], dict):
-            where += f"={problem['input']!r}" if where else ""
-        lines.append(f"{where}: {what}" if where else what)
-    return lines
