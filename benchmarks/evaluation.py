@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,9 @@ from benchmarks.metrics import metric_of
 from benchmarks.records import Start
 from benchmarks.tasks import Material
 from safeopt.data import collate, prompt_ids
+from safeopt.isolation import evaluating
 from safeopt.losses import IGNORE, ReferenceKL
-from safeopt.refusals import is_refusal
+from safeopt.refusals import end_tokens, is_refusal
 
 CHUNK = 16
 DIGITS = 6  # of a prompt's loss in the result
@@ -67,7 +67,7 @@ class Evaluator:
         losses, rates = self.losses(model), self.rates(model)
         answers = None
         if self.config.harmless_kl:
-            with _evaluating(model):
+            with evaluating(model):
                 answers = self._answers(model, self.material.harmless)
         return Start(
             task_loss=losses.task,
@@ -81,7 +81,7 @@ class Evaluator:
 
     def losses(self, model: nn.Module) -> Losses:
         """Task loss and alignment loss of the model as it is now."""
-        with _evaluating(model):
+        with evaluating(model):
             sums, counts = response_nll(model, self.material.held_out, batch_size=8)
             task = float(sums.sum() / counts.sum())
             sums, counts = response_nll(model, self.material.alignment)
@@ -91,7 +91,7 @@ class Evaluator:
 
     def rates(self, model: nn.Module) -> Rates:
         """Refusals of harmful prompts and of harmless ones, by greedy answers and the judge."""
-        with _evaluating(model):
+        with evaluating(model):
             return Rates(
                 refusal=self._refused(model, self.material.harmful),
                 over_refusal=self._refused(model, self.material.harmless),
@@ -103,9 +103,11 @@ class Evaluator:
         if not rows:
             return None
         parts = [_divided(row) for row in rows]
-        with _evaluating(model):
+        with evaluating(model):
             prompts = [prompt for prompt, _ in parts]
-            found = greedy(model, prompts, self.config.metric_tokens, self._ends(model))
+            found = greedy(
+                model, prompts, self.config.metric_tokens, end_tokens(model, self.tokenizer)
+            )
         pairs = zip(self._texts(found), self._texts([r for _, r in parts]), strict=True)
         return sum(self.metric(answer, reference) for answer, reference in pairs) / len(rows)
 
@@ -120,7 +122,7 @@ class Evaluator:
                     Row(input_ids=ids + list(answer), labels=[IGNORE] * len(ids) + list(answer))
                 )
         divergence = ReferenceKL()
-        with _evaluating(model):
+        with evaluating(model):
             for batch in _chunks(model, rows):
                 divergence.cache(model, batch)
         self._reference = (divergence, rows)
@@ -131,7 +133,7 @@ class Evaluator:
         if self._reference is None:
             return None
         divergence, rows = self._reference
-        with _evaluating(model):
+        with evaluating(model):
             values = [divergence(model, batch) for batch in _chunks(model, rows)]
         return float(torch.cat(values).mean())
 
@@ -141,19 +143,13 @@ class Evaluator:
 
     def _answers(self, model: nn.Module, prompts: Sequence[str]) -> list[list[int]]:
         rows = [self._prompt(prompt) for prompt in prompts]
-        return greedy(model, rows, self.config.new_tokens, self._ends(model))
+        return greedy(model, rows, self.config.new_tokens, end_tokens(model, self.tokenizer))
 
     def _prompt(self, prompt: str) -> list[int]:
         return prompt_ids(self.tokenizer, [{"role": "user", "content": prompt}])
 
     def _texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-
-    def _ends(self, model: Any) -> list[int]:
-        """The tokens that end an answer: the tokenizer's, and the model's own."""
-        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-        return list({end for end in ends if end is not None})
 
 
 def _divided(row: Row) -> tuple[list[int], list[int]]:
@@ -167,13 +163,3 @@ def _chunks(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, torch.T
     for start in range(0, len(rows), CHUNK):
         batch = collate(rows[start : start + CHUNK], pad_id=0, side="left")
         yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -12,6 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from safeopt.batches import by_length
 from safeopt.data import collate
 from safeopt.losses import IGNORE, response_log_probs
 from safeopt.prefix import share_prefix
@@ -101,8 +102,6 @@ def _batches(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Rows of similar length, padded on the left, and which they are."""
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
+    for members in by_length([len(row["input_ids"]) for row in rows], batch_size):
         batch = collate([rows[i] for i in members], pad_id=0, side="left")
         yield members, {name: tensor.to(device) for name, tensor in batch.items()}

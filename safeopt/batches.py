@@ -6,7 +6,7 @@ see `safeopt.losses`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,16 @@ def require_same_keys(examples: Sequence[Example], argument: str) -> None:
         raise ValueError(
             f"{argument}: batches with different keys, {sorted(keys)}; give all the same"
         )
+
+
+def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """The positions of ``lengths``, the shortest first, at most ``size`` at a time.
+
+    Examples of similar length in one pass need little padding.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def join(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ def write_whole(path: Path, text: str) -> Path:
     working = path.with_name(path.name + ".partial")
     working.write_text(text, encoding="utf-8", newline="\n")
     return working.replace(path)
+
+
+def plain(choices: Any) -> dict[str, Any]:
+    """A dataclass as data that JSON knows; paths become strings."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(choices).items()}
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from safeopt.batches import join, require_same_keys, split
+from safeopt.batches import by_length, join, require_same_keys, split
 from safeopt.distributed import (
     DEEPSPEED,
     Layout,
@@ -336,11 +336,8 @@ class SafetyProbe:
 
     def _micro_batches(self, chosen: Sequence[int]) -> Iterator[list[int]]:
         """Positions in ``chosen``, grouped by length so that padding is short."""
-        by_length = sorted(
-            range(len(chosen)), key=lambda p: self._examples[chosen[p]]["input_ids"].shape[0]
-        )
-        for start in range(0, len(by_length), self.micro_batch_size):
-            yield sorted(by_length[start : start + self.micro_batch_size])
+        lengths = [len(self._examples[index]["input_ids"]) for index in chosen]
+        return map(sorted, by_length(lengths, self.micro_batch_size))
 
     def _run(self, members: Sequence[int], *, backward: bool) -> Tensor:
         whole = join([self._examples[index] for index in members], _device(self.model))

@@ -9,14 +9,15 @@ rate illustrate it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from safeopt.batches import by_length
 from safeopt.data import prompt_ids
+from safeopt.isolation import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,12 +111,10 @@ def generate(
             raise ValueError(f"{name}={number}: expected at least 1")
     rows = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     answers = [""] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with _evaluating(model), torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            members = by_length[start : start + batch_size]
+    with evaluating(model), torch.no_grad():
+        for members in by_length([len(row) for row in rows], batch_size):
             ids, mask = _left_padded([rows[i] for i in members], pad)
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),
@@ -138,8 +137,12 @@ def generate(
     return answers
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and the model's own if it names any."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and the model's own if it names any.
+
+    Raises:
+        ValueError: if there is none.
+    """
     config = getattr(model, "generation_config", None)
     named = getattr(config, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
@@ -154,15 +157,3 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; outside each module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from safeopt.data import encode, read_examples
-from safeopt.files import write_json
+from safeopt.files import plain, write_json
 from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.optim.repair import RepairReport, repair
@@ -64,7 +64,7 @@ class RepairConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the choices as plain values; paths become strings."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        return plain(self)
 
 
 @dataclass
