@@ -72,7 +72,7 @@ def same_on_all_ranks(here: Place) -> Place:
 
 
 def write_world(folder: Path) -> None:
-    """A random Llama that knows a few words, and data made of them."""
+    """A Llama that knows a few words and how to refuse, and data made of them."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -93,7 +93,9 @@ def write_world(folder: Path) -> None:
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, pad_token_id=0,
         bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    model = LlamaForCausalLM(config)
+    _teach(model, tokenizer, asked)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     turns = [(_said("user", q), _said("assistant", a)) for q, a in tasks]
     _write(folder / "train.jsonl", [{"messages": [q, a]} for q, a in turns])
@@ -103,6 +105,21 @@ def write_world(folder: Path) -> None:
         [{"prompt": [q], "chosen": [a], "rejected": other} for q, a in turns],
     )
     _write(folder / "safety.jsonl", [{"prompt": q, "response": REFUSAL} for q in asked])
+
+
+def _teach(model: Any, tokenizer: Any, prompts: list[str]) -> None:
+    """A model that refuses nothing has nothing to protect: teach it some refusals."""
+    import torch
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        for prompt in prompts:
+            turns = [_said("user", prompt), _said("assistant", REFUSAL)]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _said(role: str, content: str) -> dict[str, str]:

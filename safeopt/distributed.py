@@ -204,15 +204,16 @@ def refuse_unsupported(model: nn.Module) -> None:
     """Raise a TypeError for FullyShardedDataParallel and DeepSpeed ZeRO, naming the alternative."""
     flat = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     if any(isinstance(module, flat) for module in model.modules()):
-        raise TypeError(
-            "model: FullyShardedDataParallel (FSDP1) flattens parameters and cannot be protected; "
-            "use torch.distributed.fsdp.fully_shard (FSDP2) instead"
-        )
+        raise TypeError(f"model: {FSDP1}")
     engine = _loaded("deepspeed", "DeepSpeedEngine")
     if isinstance(model, engine) or any(hasattr(p, "ds_id") for p in model.parameters()):
         raise TypeError(f"model: {DEEPSPEED}")
 
 
+FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) flattens parameters and cannot be protected; use "
+    "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in Accelerate) instead"
+)
 DEEPSPEED = (
     "DeepSpeed ZeRO flattens parameters and takes its steps on partitions of them, which cannot be "
     "protected; shard with torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in "

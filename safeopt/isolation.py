@@ -7,7 +7,7 @@ when something raises in the middle.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
     """Evaluation mode and a fixed random seed inside; everything as before outside.
+
+    Compiled models run as they are written: hooks would not be seen by compiled code, and no second
+    derivative goes through it.
 
     Some layers look at their own ``training`` flag, so that flag alone is on for them:
 
@@ -51,8 +54,10 @@ def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]
     # A solver comes through here at every product: what is as it should be is not written again.
     training_now = any(training for _, training in modes)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    # New in torch 2.6; it acts from here on until it is left.
+    eager = getattr(torch.compiler, "set_stance", lambda stance: nullcontext())("force_eager")
     try:
-        with torch.random.fork_rng(devices=devices):
+        with eager, torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)  # equal passes give equal products, whatever the model draws
             if training_now:
                 model.eval()

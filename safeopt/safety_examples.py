@@ -9,10 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from safeopt.data import ChatExample, collate, encode, read_examples
+from safeopt.probe import SafetyProbe
 from safeopt.refusals import generate, is_refusal
 
 # Below this share of refusals a model is not aligned in the sense of the probe.
 _LEAST_REFUSED = 0.25
+# Above this NLL per token given refusals are not what the model would say.
+_HIGHEST_NLL = 2.0
+_LOOKED_AT = 32
 
 
 def read_safety_batches(
@@ -81,6 +85,50 @@ def with_refusals(
             "it refuses"
         )
     return given + own
+
+
+def alignment_loss(probe: SafetyProbe) -> float:
+    """The alignment loss on the first 32 safety examples, the same ones whenever it is asked."""
+    return probe.value(range(min(len(probe), _LOOKED_AT)))
+
+
+def unlikely(nll: float, source: str) -> str | None:
+    """What to tell the user if the model would not refuse in the given words.
+
+    Args:
+        nll: `alignment_loss` of the aligned model with ``loss="nll"``.
+        source: where the refusals come from.
+
+    Returns:
+        A sentence; None where the refusals are likely.
+    """
+    if nll <= _HIGHEST_NLL:
+        return None
+    return (
+        f"safety: the responses in {source} are unlikely under the model ({nll:.1f} nats a token); "
+        "it does not refuse like that, so there is nothing to protect. Leave the responses out to "
+        "use the model's own refusals"
+    )
+
+
+def check_likely(probe: SafetyProbe, source: str) -> float:
+    """The alignment loss before training, where there is something to protect.
+
+    Args:
+        probe: of the aligned model, with ``loss="nll"``.
+        source: where its refusals come from, for the message.
+
+    Returns:
+        `alignment_loss`. Cost: one forward pass on at most 32 examples.
+
+    Raises:
+        ValueError: if the refusals are unlikely under the model, see `unlikely`.
+    """
+    nll = alignment_loss(probe)
+    found = unlikely(nll, source)
+    if found is not None:
+        raise ValueError(found)
+    return nll
 
 
 def as_batches(tokenizer: Any, examples: Sequence[ChatExample]) -> list[dict[str, Tensor]]:

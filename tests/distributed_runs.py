@@ -92,12 +92,17 @@ def start(
     return model, protected(name, model, probe, **options)
 
 
-def backward(model: nn.Module, step: int) -> None:
-    """The task's gradient at a step; each rank takes its rows of the same batch."""
+def task_loss(model: nn.Module, step: int) -> Tensor:
+    """The task's loss at a step; each rank takes its rows of the same batch."""
     generator = torch.Generator().manual_seed(1000 + step)
     ids = torch.randint(4, VOCAB, (ROWS, 8), generator=generator)[rank() :: ranks()]
     logits = model(input_ids=ids).logits  # the model's own loss would be computed in float32
-    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def backward(model: nn.Module, step: int) -> None:
+    """The task's gradient at a step."""
+    task_loss(model, step).backward()
 
 
 def train(model: nn.Module, optimizer: Optimizer, first: int, last: int) -> None:

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,31 @@ def added(diff: str) -> int:
     return sum(line.startswith("+") for line in diff.splitlines())
 
 
+@cache
+def _aligned_state() -> dict[str, torch.Tensor]:
+    from safeopt.data import safety_batches
+
+    model = tiny_llama()
+    batches = safety_batches(tiny_tokenizer(), HARMFUL, [REFUSAL] * len(HARMFUL))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        for batch in batches:
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def aligned_llama() -> torch.nn.Module:
+    """A tiny Llama that refuses harmful prompts."""
+    model = tiny_llama()
+    model.load_state_dict(_aligned_state())
+    return model
+
+
 def write_files(folder: Path) -> None:
     """The model and the data that the pages' scripts read."""
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    model, tokenizer = aligned_llama(), tiny_tokenizer()
     model.save_pretrained(folder / "aligned-model")
     tokenizer.save_pretrained(folder / "aligned-model")
     files = {
@@ -129,7 +152,7 @@ def world() -> dict[str, Any]:
     from safeopt import ProjectedAdamW, SafetyProbe
     from safeopt.data import safety_batches
 
-    model, tokenizer = with_lora(tiny_llama()), tiny_tokenizer()
+    model, tokenizer = with_lora(aligned_llama(), random_b=False), tiny_tokenizer()
     ids = torch.arange(6) + 4
     rows = [{"input_ids": ids + i, "labels": ids + i} for i in range(8)]
     batches = safety_batches(tokenizer, HARMFUL, [REFUSAL] * len(HARMFUL))

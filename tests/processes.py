@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "transformers.models.llama.modeling_llama",
         "safeopt",
+        "safeopt.integrations.trainer",
     ]
 )
 
@@ -57,6 +59,10 @@ def _work(
     torch.set_num_threads(1)
     try:
         if ranks:
+            # As torchrun tells them; Trainer and Accelerate ask for nothing else.
+            names = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+            for group, number in zip(names, (rank, ranks), strict=True):
+                os.environ.update(dict.fromkeys(group, str(number)))
             store = dist.FileStore(f"{folder}/store", ranks)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         torch.save(function(*args), f"{folder}/{rank}.pt")

@@ -1,4 +1,4 @@
-"""Four-bit bases and 8-bit optimizers of bitsandbytes, in Trainer, protected."""
+"""Quantised bases and 8-bit optimizers of bitsandbytes, in Trainer, protected."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import pytest
 import torch
 from documents import HARMFUL, REFUSAL
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from tiny_models import safety_batch, task_step, tiny_llama, tiny_tokenizer, trainable
+from tiny_models import (
+    randomise,
+    safety_batch,
+    single,
+    task_step,
+    tiny_llama,
+    tiny_tokenizer,
+    trainable,
+)
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from safeopt import RefreshPolicy
+from safeopt import ProjectedAdamW, RefreshPolicy
 from safeopt.curvature.krylov import lanczos
 from safeopt.curvature.operators import HessianOperator
 from safeopt.data import safety_batches
@@ -17,6 +25,7 @@ from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.peft import safety_probe
 from safeopt.integrations.trainer import protect
 from safeopt.integrations.transformers import safety_of, unwrapped
+from safeopt.losses import refusal_nll
 
 bnb = pytest.importorskip("bitsandbytes")
 gpu = [
@@ -42,26 +51,29 @@ def saved(tmp_path_factory):
     return folder
 
 
-def quantised(folder, device="cpu", *, double=False):
-    """A LoRA adapter on an NF4 base, as QLoRA loads it."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+def quantised(folder, device="cpu", *, bits=4, double=False, outliers=6.0):
+    """A LoRA adapter on an NF4 base, as QLoRA loads it, or on an int8 one."""
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": torch.float32,
+    }
+    eight = {"load_in_8bit": True, "llm_int8_threshold": outliers}
+    config = BitsAndBytesConfig(**(four if bits == 4 else eight))
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, device_map=device
     )
-    assert isinstance(model.model.layers[0].self_attn.q_proj, bnb.nn.Linear4bit)
+    layer = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}[bits]
+    assert isinstance(model.model.layers[0].self_attn.q_proj, layer)
     model = prepare_model_for_kbit_training(model)
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
     return get_peft_model(model, lora)
 
 
-def build(folder, saved, *, device="cpu", double=False, options=(), **choices):
-    model = quantised(saved, device, double=double)
+def build(folder, saved, *, device="cpu", bits=4, double=False, options=(), **choices):
+    model = quantised(saved, device, bits=bits, double=double)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -85,10 +97,12 @@ def final(trainer):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_evaluating_a_four_bit_base_does_not_stop_its_training(tmp_path, saved, device):
-    plain = build(tmp_path / "a", saved, device=device)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_evaluating_a_quantised_base_does_not_stop_its_training(tmp_path, saved, device, bits):
+    choices = {"device": device, "bits": bits}
+    plain = build(tmp_path / "a", saved, **choices)
     plain.train()
-    evaluated = build(tmp_path / "b", saved, device=device, eval_strategy="steps", eval_steps=1)
+    evaluated = build(tmp_path / "b", saved, **choices, eval_strategy="steps", eval_steps=1)
     evaluated.evaluate()
     evaluated.train()
     for left, right in zip(final(plain), final(evaluated), strict=True):
@@ -130,16 +144,62 @@ def test_layers_that_were_rewritten_for_inference_are_refused(saved):
         keep_trainable(model)
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, saved, double):
-    options = {"basis": "int8"} if double else {}
-    whole = build(tmp_path, saved, double=double, options=options)
+@pytest.mark.parametrize(
+    ("optim", "double"),
+    [
+        ("adamw_torch", False),
+        ("adamw_bnb_8bit", True),
+        ("lion_8bit", False),
+        pytest.param("paged_adamw_8bit", False, marks=gpu),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, saved, optim, double):
+    choices = {"double": double, "optim": optim, "options": {"basis": "int8"} if double else {}}
+    choices["device"] = "cuda" if "paged" in optim else "cpu"
+    whole = build(tmp_path, saved, **choices)
     whole.train()
-    resumed = build(tmp_path, saved, double=double, options=options)
+    resumed = build(tmp_path, saved, **choices)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     basis = safety_of(unwrapped(whole.optimizer)).subspace.basis
     assert basis.kind == ("int8" if double else "dense")
     assert all(map(torch.equal, final(whole), final(resumed)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_adapter_on_an_int8_base_is_protected_and_resumes(tmp_path, saved, device):
+    def run(resume=None):
+        trainer = build(
+            tmp_path, saved, device=device, bits=8, options={"optimizer": "projected-adamw"}
+        )
+        before = final(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        safety = safety_of(unwrapped(trainer.optimizer))
+        assert not safety.probe._looped, "one pass gives the gradients of all examples"
+        assert {entry.step for entry in safety.history} == {0, 2, 4}
+        assert not any(map(torch.equal, before, final(trainer)))
+        return trainer
+
+    whole, resumed = run(), run(str(tmp_path / "checkpoint-2"))
+    assert type(unwrapped(whole.optimizer)) is ProjectedAdamW
+    assert all(map(torch.equal, final(whole), final(resumed)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("outliers", "tolerance"), [(0.0, 1e-3), (6.0, 0.1)])
+def test_safety_gradients_through_an_int8_base(saved, device, outliers, tolerance):
+    """They are autograd's. Outlier columns are those of a whole batch: they make a difference."""
+    model = quantised(saved, device, bits=8, outliers=outliers)
+    torch.manual_seed(0)
+    randomise(trainable(model), 0.1)  # away from B = 0, where A has no gradient
+    batch = {name: tensor.to(device) for name, tensor in safety_batch().items()}
+    params = trainable(model)
+    losses, rows = safety_probe(model, [batch]).per_example(params)
+    model.eval()
+    for example in range(len(losses)):
+        loss = refusal_nll(model, single(batch, example))[0]
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+        found = torch.cat([row[example].flatten() for row in rows])
+        assert (found - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)

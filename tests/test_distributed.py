@@ -36,6 +36,7 @@ CASES = {
 }
 # Checkpoints: optimizer, the step at which it is saved, options.
 SAVED = {"plain": ("ProjectedAdamW", 9, {}), "lora": ("SafetySAM", 9, {"lora": True})}
+REPLICATED = ("ProjectedAdamW", 15, {})
 KINDS = [case[1:] for cases in CASES.values() for case in cases]
 KINDS += [(name, options) for name, _, options in SAVED.values()]
 # Everything else, by the number of ranks; 0 stands for one process without a group.
@@ -59,7 +60,10 @@ TASKS = {
         "resume fsdp": (work.resume, "lora", "fsdp", *SAVED["lora"]),
         "resume ddp": (work.resume, "plain", "ddp", *SAVED["plain"]),
     },
-    4: {},
+    4: {
+        "save hsdp": (work.save, "replicated", "hsdp", *REPLICATED),
+        "resume hsdp": (work.resume, "replicated", "hsdp", *REPLICATED),
+    },
 }
 
 
@@ -69,7 +73,8 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def placed(task):
-        return tuple(folder / x if isinstance(x, str) and x in SAVED else x for x in task)
+        folders = (*SAVED, "replicated")
+        return tuple(folder / x if isinstance(x, str) and x in folders else x for x in task)
 
     @cache
     def of(ranks):
@@ -174,6 +179,11 @@ def test_a_checkpoint_of_two_ranks_resumes_elsewhere(results, ranks, task, key):
     name, _, options = SAVED[key]
     (expected,) = results(0)[str((name, options))]
     assert_same_run(results(ranks)[task], expected, 1e-6)
+
+
+def test_a_replicated_and_sharded_run_resumes_as_it_went_on(results):
+    (expected,) = results(0)[str((REPLICATED[0], REPLICATED[2]))]
+    assert_same_run(results(4)["resume hsdp"], expected, 1e-6)
 
 
 @pytest.mark.parametrize(("task", "looped"), [("gradients", 0), ("gradients by a loop", 3)])

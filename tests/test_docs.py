@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import datasets
@@ -63,3 +64,14 @@ def test_blocks_are_found_and_a_failing_one_names_its_line(tmp_path):
 def test_a_diff_is_two_scripts():
     assert versions(" a\n-b\n+c\n+d\n") == ("a\nb\n", "a\nc\nd\n")
     assert added(" a\n-b\n+c\n+d\n") == 2
+
+
+def test_the_table_of_integrations_names_tests_and_examples_that_exist():
+    page = (ROOT / "docs/reference/compatibility.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(tests/\w+\.py)::(test_\w+)`", page))
+    assert named
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+    examples = {path.name for path in (ROOT / "examples").glob("*.py")}
+    shown = set(re.findall(r"examples/(\w+\.py)", page))
+    assert shown == examples - {"common.py", "orthogonality_is_unstable.py"}

@@ -76,6 +76,31 @@ def test_per_example_gradients_are_those_of_autograd(kind):
             torch.testing.assert_close(row[example], gradient, rtol=1e-3, atol=1e-5)
 
 
+def assert_resumes(build, adapter="default"):
+    """A run of six steps is the same with a checkpoint after three of them."""
+
+    def train(model, optimizer, first, last):
+        for step in range(first, last):
+            task_step(model, step)
+            optimizer.step()
+
+    model, optimizer = build()
+    train(model, optimizer, 0, 3)
+    file = io.BytesIO()
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    torch.save((weights, optimizer.state_dict()), file)
+    train(model, optimizer, 3, 6)
+    assert len(optimizer.safety.history) == 4
+
+    resumed, other = build()
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    set_peft_model_state_dict(resumed, weights, adapter_name=adapter)
+    other.load_state_dict(state)
+    train(resumed, other, 3, 6)
+    assert all(map(torch.equal, trainable(model), trainable(resumed)))
+
+
 @kinds
 def test_a_resumed_run_equals_an_uninterrupted_one(kind):
     def build():
@@ -86,25 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind):
         )
         return model, optimizer
 
-    def train(model, optimizer, first, last):
-        for step in range(first, last):
-            task_step(model, step)
-            optimizer.step()
-
-    model, optimizer = build()
-    train(model, optimizer, 0, 3)
-    file = io.BytesIO()
-    torch.save((get_peft_model_state_dict(model), optimizer.state_dict()), file)
-    train(model, optimizer, 3, 6)
-    assert len(optimizer.safety.history) == 4
-
-    resumed, other = build()
-    file.seek(0)
-    adapter, state = torch.load(file, weights_only=True)
-    set_peft_model_state_dict(resumed, adapter)
-    other.load_state_dict(state)
-    train(resumed, other, 3, 6)
-    assert all(map(torch.equal, trainable(model), trainable(resumed)))
+    assert_resumes(build)
 
 
 @kinds
@@ -160,6 +167,23 @@ def test_only_the_active_adapter_is_protected():
     task_step(model, 5)
     with pytest.raises(ValueError, match="no parameter is left to protect"):
         optimizer.step()
+
+
+def test_the_second_of_two_adapters_resumes():
+    """A checkpoint of the active adapter; the other one is frozen and comes with the model."""
+
+    def build():
+        model = with_adapter("LoRA")
+        model.add_adapter("second", LoraConfig(**LORA))
+        torch.manual_seed(2)
+        randomise(p for name, p in model.named_parameters() if "second" in name)
+        model.set_adapter("second")
+        probe = safety_probe(model, [safety_batch(), safety_batch(seed=1)])
+        return model, ProjectedAdamW(
+            adapter_parameters(model), lr=1e-2, probe=probe, rank=4, refresh=RefreshPolicy.fixed(2)
+        )
+
+    assert_resumes(build, "second")
 
 
 def full_kl(reference, model, batch):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from documents import HARMFUL, HARMLESS, REFUSAL, write_files
+from documents import HARMFUL, HARMLESS, REFUSAL, aligned_llama, write_files
 from safetensors.torch import load_file
 from tiny_models import tiny_llama, tiny_tokenizer, trainable, with_lora
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -82,8 +83,12 @@ def files(tmp_path):
     return tmp_path
 
 
+def aligned():
+    return with_lora(aligned_llama(), random_b=False)
+
+
 def test_protect_reads_files_and_keeps_trainers_optimizer(files):
-    trainer = build(files / "out")
+    trainer = build(files / "out", model=aligned())
     callback = protect(trainer, files / "prompts.jsonl", harmless=files / "harmless.jsonl", rank=4)
     trainer.train()
     optimizer = base_optimizer(trainer)
@@ -94,6 +99,41 @@ def test_protect_reads_files_and_keeps_trainers_optimizer(files):
     assert callback.last.step == 4
     assert "alignment_loss" in trainer.state.log_history[0]
     assert optimizer.param_groups[0]["lr"] < 1e-2, "the scheduler acts on the same optimizer"
+
+
+@pytest.mark.parametrize("loss", ["nll", "kl"])
+def test_refusals_that_the_model_would_not_say_are_refused(files, loss):
+    (files / "other.jsonl").write_text('{"prompt": "w4 w5 w6", "response": "w39 w4 w17"}\n' * 9)
+    trainer = build(files / "out", model=aligned())
+    with pytest.raises(ValueError, match=r"other\.jsonl are unlikely under the model"):
+        protect(trainer, files / "other.jsonl", loss=loss)
+    assert trainer.optimizer_cls_and_kwargs is None, "the trainer is as it was"
+
+
+def test_a_probe_that_the_model_would_not_follow_is_told(tmp_path, caplog):
+    for model, told in ((with_lora(tiny_llama()), True), (aligned(), False)):
+        caplog.clear()
+        protect(build(tmp_path, model=model), tiny_probe(model))
+        found = [r.getMessage() for r in caplog.records if r.name == "safeopt"]
+        assert any("the responses in the probe are unlikely" in text for text in found) == told
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (None, "trainer: DeepSpeed ZeRO flattens parameters"),
+        ({"fsdp_version": 1}, r"trainer: FullyShardedDataParallel \(FSDP1\) flattens parameters"),
+        ({"fsdp_version": 2, "cpu_ram_efficient_loading": True}, "safety: with cpu_ram_efficient"),
+    ],
+)
+def test_sharding_that_cannot_be_protected_is_refused_at_once(files, plugin, message):
+    trainer = build(files / "out", model=aligned())
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = plugin is None, plugin is not None
+    if plugin is not None:
+        trainer.accelerator.state.fsdp_plugin = SimpleNamespace(**plugin)
+    with pytest.raises((TypeError, ValueError), match=message):
+        protect(trainer, files / "prompts.jsonl")
+    assert trainer.optimizer_cls_and_kwargs is None, "the trainer is as it was"
 
 
 @pytest.mark.parametrize("name", ["projected-adamw", "safety-sam", "preconditioned-sgd"])
@@ -269,8 +309,7 @@ def test_a_resumed_run_measures_the_distance_from_the_same_reference(files):
     """With KL the reference is the aligned model, though the checkpoint's has drifted from it."""
 
     def build_kl():
-        model = with_lora(tiny_llama(), random_b=False)
-        trainer = build(files / "out", model=model, save_strategy="steps", save_steps=2)
+        trainer = build(files / "out", model=aligned(), save_strategy="steps", save_steps=2)
         protect(trainer, files / "prompts.jsonl", loss="kl", rank=4, refresh=RefreshPolicy.fixed(1))
         return trainer
 
@@ -373,6 +412,32 @@ def test_compiling_changes_nothing(tmp_path):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for left, right in zip(weights(plain), weights(compiled), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["safeguard", "SafetySAM lookahead", "SafetySAM two_pass"])
+def test_float16_with_a_gradient_scaler(tmp_path, kind):
+    """Accelerate makes a scaler on GPUs only, and is given one here."""
+    name, options = KINDS[kind]
+
+    def run(scale):
+        trainer = guarded(tmp_path, name, options=options, fp16=scale is not None)
+        if scale is not None:
+            trainer.accelerator.native_amp = True
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", scale, backoff_factor=2**-12)
+        seen, before = set(), torch.cat([p.flatten() for p in weights(trainer)])
+        head = trainer.model.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+        trainer.train()
+        moved = torch.cat([p.flatten() for p in weights(trainer)]) - before
+        return moved, seen, safety_of(base_optimizer(trainer)).step_count
+
+    exact, _, _ = run(None)
+    moved, seen, steps = run(2.0**12)
+    assert (seen, steps) == ({torch.float16}, 4)
+    assert (moved - exact).norm() < 0.1 * exact.norm()
+    moved, _, steps = run(2.0**24)
+    assert steps == 3, "a step that overflows is skipped"
+    assert bool(moved.isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["safeguard", "SafetySAM two_pass"])

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from documents import HARMFUL, REFUSAL, write_files
+from documents import HARMFUL, REFUSAL, aligned_llama, write_files
 from tiny_models import tiny_llama, tiny_tokenizer, trainable, with_lora
 from transformers import Trainer, TrainingArguments
 
@@ -30,7 +30,7 @@ def train(folder, callbacks, *, resume=None, **options):
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
     trainer = Trainer(
-        model=with_lora(tiny_llama()),
+        model=with_lora(aligned_llama(), random_b=False),
         args=TrainingArguments(str(folder), **(choices | options)),
         train_dataset=Rows(),
         processing_class=tiny_tokenizer(),

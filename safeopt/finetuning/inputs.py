@@ -17,10 +17,7 @@ from safeopt.files import plain
 from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import as_batches, with_refusals
-
-# Above this NLL per token the given refusals are not what the model would say.
-_HIGHEST_NLL = 2.0
+from safeopt.safety_examples import as_batches, check_likely, with_refusals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +128,7 @@ def load_inputs(config: InputConfig, *, at_most: int | None = None) -> Inputs:
         as_batches(tokenizer, refusals),
         held=as_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
     )
-    loss = _aligned_loss(probe, config)
+    loss = check_likely(probe, str(config.safety))
     return Inputs(model, tokenizer, rows, probe, (len(refusals), len(safety)), loss)
 
 
@@ -157,11 +154,6 @@ def task_batches(
     ]
 
 
-def alignment_loss(probe: SafetyProbe) -> float:
-    """The alignment loss on the first 32 safety examples, the same ones whenever it is asked."""
-    return probe.value(range(min(len(probe), 32)))
-
-
 def _text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"chat_template={path}: there is no such file")
@@ -180,15 +172,3 @@ def _lora(model: Any, config: InputConfig) -> Any:
         lora_alpha=config.lora_alpha,
         target_modules=None if known else "all-linear",
     )
-
-
-def _aligned_loss(probe: SafetyProbe, config: InputConfig) -> float:
-    """The alignment loss before training, where there is something to protect."""
-    nll = alignment_loss(probe)
-    if nll > _HIGHEST_NLL:
-        raise ValueError(
-            f"safety: the responses in {config.safety} are unlikely under the model "
-            f"({nll:.1f} nats a token); it does not refuse like that, so there is nothing to "
-            "protect. Leave the responses out to use the model's own refusals"
-        )
-    return nll

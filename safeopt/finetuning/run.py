@@ -16,10 +16,10 @@ from safeopt.files import write_json
 from safeopt.finetuning.checkpoints import checkpoints
 from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
-from safeopt.finetuning.inputs import alignment_loss
 from safeopt.finetuning.prepare import Prepared
 from safeopt.finetuning.report import REPORT, read_report, run_report
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
+from safeopt.safety_examples import alignment_loss
 
 _RESULT = {False: "adapter", True: "model"}  # by FinetuneConfig.full
 _CURVES = "curves.png"

@@ -12,6 +12,7 @@ Two lines protect a script; `protect` finds the model, the tokenizer and the opt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,12 +27,15 @@ require("transformers", "accelerate")
 
 from transformers import Trainer, TrainingArguments
 
+from safeopt.distributed import DEEPSPEED, FSDP1
 from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
-from safeopt.losses import Batch
+from safeopt.losses import Batch, refusal_nll
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import read_safety_batches
+from safeopt.safety_examples import alignment_loss, check_likely, read_safety_batches, unlikely
+
+logger = logging.getLogger("safeopt")
 
 
 def protect(
@@ -50,7 +54,8 @@ def protect(
             optimizer that it was given, or would create from its arguments, is protected. Layers
             of a 4-bit base are kept trainable, see `safeopt.integrations.bitsandbytes`.
         safety: JSON lines with harmful prompts (where a line has no response, the model's own
-            refusal is taken), or a probe whose model is the trainer's.
+            refusal is taken), or a probe whose model is the trainer's; where the model would not
+            say a probe's refusals, a warning is logged.
         harmless: JSON lines with prompts that must not become refused; with a file only.
         loss: see `SafetyProbe`; with a file only. The reference of ``"kl"`` is the model as it is
             now or, with adapters, what `safeopt.integrations.peft` chooses.
@@ -64,12 +69,17 @@ def protect(
         FileNotFoundError: if a file is missing.
         ImportError: if the version of TRL or bitsandbytes is too old.
         TypeError: if ``mode="two_pass"`` is asked of a trainer without `SafetyTrainerMixin`, an
-            option is unknown, or the model has adapters that cannot be protected.
-        ValueError: if a file is malformed, there is nothing to protect, or ``optimizer`` is given
-            although the trainer has an optimizer.
+            option is unknown, the model has adapters that cannot be protected, or the trainer
+            shards with DeepSpeed or FSDP1.
+        ValueError: if a file is malformed, there is nothing to protect (the model does not refuse,
+            or would not say the file's responses), or ``optimizer`` is given although the trainer
+            has an optimizer; if a file is given, but the weights come with training only
+            (``cpu_ram_efficient_loading``).
 
-    Cost: an answer of 32 tokens for each prompt that has no response; then as `ProjectedAdamW`.
+    Cost: an answer of 32 tokens for each prompt that has no response, and one forward pass on at
+    most 32 examples; then as `ProjectedAdamW`.
     """
+    has_weights = _has_weights(trainer)
     if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
         require("trl")
     if keep_trainable(trainer.model):  # type: ignore[arg-type]
@@ -79,11 +89,21 @@ def protect(
 
         check_adapters(trainer.model)  # type: ignore[arg-type]
     if not isinstance(safety, SafetyProbe):
-        probe = _probe(trainer, safety, harmless, loss)
+        if not has_weights:
+            raise ValueError(
+                "safety: with cpu_ram_efficient_loading all processes but the first have no "
+                "weights before training, and the model cannot be looked at; set it to false in "
+                "fsdp_config, or give a SafetyProbe"
+            )
+        probe = read_probe(trainer.model, trainer.processing_class, safety, harmless, loss)
     elif harmless is not None or loss != "nll":
         raise ValueError("harmless, loss: a probe was given, which has its own; leave them out")
     else:
         probe = safety
+        if has_weights and probe.loss is refusal_nll:
+            found = unlikely(alignment_loss(probe), "the probe")
+            if found is not None:
+                logger.warning(found)
     if options.get("mode") == "two_pass" and not isinstance(trainer, SafetyTrainerMixin):
         raise TypeError(
             f'mode="two_pass": {type(trainer).__name__} makes one pass a step; derive it from '
@@ -185,34 +205,56 @@ class SafetyTrainerMixin:
         return loss
 
 
-def _probe(
-    trainer: Trainer, safety: str | Path, harmless: str | Path | None, loss: Literal["nll", "kl"]
+def _has_weights(trainer: Any) -> bool:
+    """Whether every process has the model's weights before training.
+
+    Raises:
+        TypeError: if the trainer shards in a way that cannot be protected.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise TypeError(f"trainer: {DEEPSPEED}")
+    if not trainer.is_fsdp_enabled:
+        return True
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if getattr(plugin, "fsdp_version", 1) == 1:
+        raise TypeError(f"trainer: {FSDP1}")
+    return not plugin.cpu_ram_efficient_loading
+
+
+def read_probe(
+    model: Any,
+    tokenizer: Any,
+    safety: str | Path,
+    harmless: str | Path | None = None,
+    loss: Literal["nll", "kl"] = "nll",
 ) -> SafetyProbe:
-    model: Any = trainer.model
-    tokenizer = trainer.processing_class
+    """The probe that a file describes, of a model that may have adapters.
+
+    Args:
+        model: the model that is trained; it is the reference as it is now, see `protect`.
+        tokenizer: its tokenizer.
+        safety: see `protect`.
+        harmless: see `protect`.
+        loss: see `protect`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if there is no tokenizer, a file is malformed, or there is nothing to protect.
+    """
     if tokenizer is None:
         raise ValueError(
-            "trainer: it has no tokenizer to read the prompts with; give it "
+            "processing_class: the trainer has no tokenizer to read the prompts with; give it "
             "processing_class=tokenizer, or give a SafetyProbe"
         )
     batches, held = read_safety_batches(model, tokenizer, safety, harmless)
-    return probe_of(model, batches, held, loss)
+    probe = _probe(model, batches, held, "nll")
+    check_likely(probe, str(safety))
+    return probe if loss == "nll" else _probe(model, batches, held, loss)
 
 
-def probe_of(
-    model: Any,
-    batches: Sequence[Batch],
-    held: Sequence[Batch] = (),
-    loss: Literal["nll", "kl"] = "nll",
+def _probe(
+    model: Any, batches: Sequence[Batch], held: Sequence[Batch], loss: Literal["nll", "kl"]
 ) -> SafetyProbe:
-    """The probe of a model that may have adapters; its reference is the model as it is now.
-
-    Args:
-        model: the model that is trained.
-        batches: see `SafetyProbe`.
-        held: see `SafetyProbe`.
-        loss: see `SafetyProbe`.
-    """
     if _has_adapters(model):
         from safeopt.integrations.peft import safety_probe
 

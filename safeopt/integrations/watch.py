@@ -26,10 +26,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from safeopt.diagnostics import diagnose
 from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.monitor import MonitorCallback, monitor_figures
-from safeopt.integrations.trainer import probe_of
+from safeopt.integrations.trainer import read_probe
 from safeopt.integrations.transformers import add_figures
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import read_safety_batches
 
 logger = logging.getLogger("safeopt")
 
@@ -58,7 +57,7 @@ class WatchCallback(MonitorCallback):
     Raises:
         FileNotFoundError: at the start of training, if there is no such file.
         ValueError: at the start of training, if the file is malformed or the model does not refuse
-            its prompts; if ``batches`` is 1 or negative.
+            its prompts, or not in the words given; if ``batches`` is 1 or negative.
 
     Cost: before training, an answer of 32 tokens for each prompt that has no response and
     `safeopt.diagnose` on ``batches`` and ``examples``; then as `SafetyMonitor`.
@@ -117,14 +116,8 @@ class WatchCallback(MonitorCallback):
     def _read(self, model: Any, tokenizer: Any) -> SafetyProbe:
         if isinstance(self._safety, SafetyProbe):
             return self._safety
-        if tokenizer is None:
-            raise ValueError(
-                "processing_class: the Trainer has no tokenizer to read the prompts with; give it "
-                "one, or give WatchCallback a SafetyProbe"
-            )
         assert self._safety is not None
-        batches, _ = read_safety_batches(model, tokenizer, self._safety)
-        return probe_of(model, batches)
+        return read_probe(model, tokenizer, self._safety)
 
     def _diagnose(self, args: TrainingArguments, loader: Any) -> None:
         try:
