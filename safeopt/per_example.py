@@ -178,8 +178,11 @@ class Recorder(AbstractContextManager["Recorder"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # A hook holds the recorder, which holds edges of the graph, which holds the hook: a ring
+        # through autograd that Python's garbage collector cannot see.
         for handle in self._handles:
             handle.remove()
+        self.edges.clear()
 
     def row(self, index: int) -> Tensor:
         """The dense rows of a parameter, zeros at first."""
@@ -234,7 +237,8 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _watch(self, output: Tensor, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.edges.append(get_gradient_edge(output))
-        output.register_hook(lambda b: self._record(module, args, kwargs, b))
+        hook = output.register_hook(lambda b: self._record(module, args, kwargs, b))
+        self._handles.append(hook)
 
     @torch.no_grad()
     def _record(self, module: nn.Module, args: Any, kwargs: Any, b: Tensor) -> None:

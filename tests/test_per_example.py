@@ -1,5 +1,6 @@
 """Per-example gradients of one pass against an explicit loop over single examples."""
 
+import gc
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -273,3 +274,21 @@ def test_batch_statistics_fall_back():
     assert probe.passes.forward == 1 + 3
     expected = looped_rows(model, params, batch)
     assert relative_error(rows[0], expected[0]) < GRADIENT[torch.float64]
+
+
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_nothing_of_a_pass_stays_in_memory(kind):
+    """The graph, the hooks and the recorder hold each other; autograd hides that from gc."""
+    model = with_lora(tiny_llama())
+    params, probe = trainable(model), SafetyProbe(model, [safety_batch()])
+    look = probe.per_example if kind == "dense" else probe.factored
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    look(params)
+    before = tensors()
+    for _ in range(3):
+        look(params)
+    assert tensors() == before
