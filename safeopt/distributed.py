@@ -111,6 +111,8 @@ class Layout:
         Raises:
             TypeError: if they are laid out in another way.
         """
+        if any(getattr(p, "_fsdp_flattened", False) for p in params):
+            raise TypeError(f"params: {FSDP1}")
         sharded = [p for p in params if is_sharded(p)]
         if not sharded:
             replicas = 1 if group is None else dist.get_world_size(group)

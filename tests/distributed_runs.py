@@ -358,6 +358,11 @@ def refusals() -> dict[str, str]:
     found["fsdp1"] = failure(lambda: ProjectedAdamW(
         flat.parameters(), probe=SafetyProbe(flat, [safety_batch()])
     ))  # fmt: skip
+    model = tiny_llama()  # as Accelerate does it: wrapped after probe and optimizer were made
+    optimizer = protected("ProjectedAdamW", model, SafetyProbe(model, [safety_batch()] * 2))
+    flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    backward(flat, 0)
+    found["fsdp1 later"] = failure(optimizer.step)
     model, optimizer = start("fsdp")
     found["factored gradients"] = failure(
         lambda: optimizer.safety.probe.factored(trainable(model), [0])

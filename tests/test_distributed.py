@@ -216,6 +216,7 @@ def test_an_overflow_on_one_rank_stops_all(results):
         ),
         ("partly", "TypeError: params: 9 of 21 protected parameters are sharded and the others"),
         ("fsdp1", "TypeError: model: FullyShardedDataParallel (FSDP1) flattens parameters"),
+        ("fsdp1 later", "TypeError: params: FullyShardedDataParallel (FSDP1) flattens parameters"),
         ("factored gradients", "TypeError: factored gradients: it needs whole parameters"),
         ("tensor parallel", "TypeError: params: a protected parameter has the placements"),
     ],
