@@ -15,6 +15,8 @@ from tiny_models import randomise, safety_batch, tiny_llama, with_lora
 from safeopt import SafetyProbe
 
 MIDDLE = 9
+# The oldest versions that are tested do not have it yet.
+HAS_FSDP2 = "fsdp_version" in FullyShardedDataParallelPlugin.__dataclass_fields__
 
 
 def let_it_shard() -> None:

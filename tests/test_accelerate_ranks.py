@@ -8,7 +8,10 @@ import pytest
 import torch
 from processes import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not accelerate_runs.HAS_FSDP2, reason="this Accelerate has no FSDP2"),
+]
 
 SHARDED = {"state_dict_type": "SHARDED_STATE_DICT"}
 WHOLE = {"state_dict_type": "FULL_STATE_DICT"}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import trainer_runs as work
+from accelerate_runs import HAS_FSDP2
 from distributed_runs import in_turn
 from processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
-CASES = [*(("ddp", kind) for kind in work.KINDS), ("fsdp2", "safeguard"), ("fsdp2", "lookahead")]
+CASES = [("ddp", kind) for kind in work.KINDS]
+CASES += [("fsdp2", kind) for kind in ("safeguard", "lookahead") if HAS_FSDP2]
 
 
 @pytest.fixture(scope="module")
