@@ -15,6 +15,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from safeopt.batches import by_length, join, require_same_keys, split
@@ -99,6 +100,17 @@ class SafetyProbe:
     def __len__(self) -> int:
         """Number of safety examples; the held ones follow them, at indices from here on."""
         return len(self._examples) - self.held_count
+
+    def divide(self, group: dist.ProcessGroup | None) -> None:
+        """Divide the examples over ranks that each hold the whole model, as for a DDP module.
+
+        For a probe of a module that is wrapped later. From then on all ranks run the probe's
+        methods together and work with the same bits, also where a device's kernels do not.
+
+        Args:
+            group: the ranks; None for this process alone.
+        """
+        self._group = group
 
     def values(self, indices: Sequence[int] | None = None) -> Tensor:
         """Alignment loss of each example, in the order of ``indices``: one forward pass.

@@ -58,6 +58,9 @@ def test_two_processes_train_what_one_trains(results, layout, kind):
     assert [mine["wrapped"] for mine in found] == [wrapper] * 2
     assert {6, 9, 15, 18, 20} <= set(expected["refreshes"]), "refreshes, checkpoints and the end"
     assert_same(found, expected, 1e-5)
+    share = 0.65 if layout == "ddp" else 1.0  # lengths differ, and an odd number is made even
+    for mine in found:
+        assert mine["backward_tokens"] <= share * expected["backward_tokens"]
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES)

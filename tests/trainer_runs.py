@@ -95,5 +95,6 @@ def train(folder: Path, layout: str, kind: str, resume: Path | None = None) -> d
         "wrapped": type(trainer.model_wrapped).__name__,
         "steps": safety.step_count,
         "refreshes": [entry.step for entry in safety.history],
+        "backward_tokens": safety.passes.backward_tokens,
         "losses": [(entry.alignment_loss, entry.restored_to or 0.0) for entry in safety.history],
     }

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,6 +33,7 @@ from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
 from safeopt.losses import Batch, refusal_nll
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
+from safeopt.optim.portable import in_process_group
 from safeopt.probe import SafetyProbe
 from safeopt.safety_examples import alignment_loss, check_likely, read_safety_batches, unlikely
 
@@ -104,6 +106,8 @@ def protect(
             found = unlikely(alignment_loss(probe), "the probe")
             if found is not None:
                 logger.warning(found)
+    if trainer.args.world_size > 1 and in_process_group() and not trainer.is_fsdp_enabled:
+        probe.divide(dist.group.WORLD)  # Trainer wraps the model later
     if options.get("mode") == "two_pass" and not isinstance(trainer, SafetyTrainerMixin):
         raise TypeError(
             f'mode="two_pass": {type(trainer).__name__} makes one pass a step; derive it from '
