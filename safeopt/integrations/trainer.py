@@ -106,8 +106,6 @@ def protect(
             found = unlikely(alignment_loss(probe), "the probe")
             if found is not None:
                 logger.warning(found)
-    if trainer.args.world_size > 1 and in_process_group() and not trainer.is_fsdp_enabled:
-        probe.divide(dist.group.WORLD)  # Trainer wraps the model later
     if options.get("mode") == "two_pass" and not isinstance(trainer, SafetyTrainerMixin):
         raise TypeError(
             f'mode="two_pass": {type(trainer).__name__} makes one pass a step; derive it from '
@@ -128,6 +126,8 @@ def protect(
         trainer.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs(
             trainer.args, probe, optimizer, model=trainer.model, **options
         )
+    if trainer.args.world_size > 1 and in_process_group() and not trainer.is_fsdp_enabled:
+        probe.divide(dist.group.WORLD)  # Trainer wraps the model later
     return install(trainer)
 
 
