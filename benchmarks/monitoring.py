@@ -101,12 +101,14 @@ def _watched(
                 rival.finish()
             check = monitor.check(step, measure=step == config.steps)
             if check.alignment_loss is not None:
-                unseen = evaluator.losses(model).alignment
+                with rival.evaluating():
+                    unseen = evaluator.losses(model).alignment
                 row = {"unseen_alignment_loss": unseen, "unseen_within": unseen <= limit}
                 checks.append({**asdict(check), **row})
             if check.stop:
                 break
-        end, rates = evaluator.losses(model), evaluator.rates(model)
+        with rival.evaluating():
+            end, rates = evaluator.losses(model), evaluator.rates(model)
         monitor.close()
     return {
         "method": method.key,
@@ -135,9 +137,9 @@ def _show(result: dict[str, Any], console: Console) -> None:
     table = Table("method", "seed", "checks", "alarms", "rollbacks", "ends within", box=box.SIMPLE)
     for run in result["runs"]:
         alarms = sum(check["alarm"] for check in run["checks"])
-        counts = (run["seed"], len(run["checks"]), alarms, run["rollbacks"])
+        numbers = (run["seed"], len(run["checks"]), alarms, run["rollbacks"])
         within = "yes" if run["within_budget"] else "no"
-        table.add_row(run["method"], *map(str, counts), within)
+        table.add_row(run["method"], *map(str, numbers), within)
     console.print(table)
     counts = result["protected_runs"]
     console.print(

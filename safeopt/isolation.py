@@ -29,8 +29,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
     """Evaluation mode and a fixed random seed inside; everything as before outside.
 
-    Compiled models run as they are written: hooks would not be seen by compiled code, and no second
-    derivative goes through it.
+    From torch 2.6 on compiled models run as they are written: hooks would not be seen by compiled
+    code, and no second derivative goes through it.
 
     Some layers look at their own ``training`` flag, so that flag alone is on for them:
 

@@ -37,8 +37,6 @@ from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.prefix import share_prefix, tokens_run
 from safeopt.rows import row_dtype
 
-__all__ = ["PassCounter", "SafetyProbe"]
-
 
 class SafetyProbe:
     """Safety examples and the alignment loss on them.

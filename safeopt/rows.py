@@ -7,7 +7,8 @@ the rows multiply, and one parameter's part of them at a time. `DenseRows` keeps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -146,8 +147,9 @@ def flat_products(left: Tensor, right: Tensor) -> Tensor:
     float32 alone loses three digits over ten million columns.
     """
     (a, left_over), (b, right_over) = _tiles(left), _tiles(right)
-    total = (left_over @ right_over.T).to(torch.float64)
-    return total + (a @ b.transpose(1, 2)).sum(0, dtype=torch.float64)
+    with exact_products(left.device):
+        total = (left_over @ right_over.T).to(torch.float64)
+        return total + (a @ b.transpose(1, 2)).sum(0, dtype=torch.float64)
 
 
 def flat_combination(weights: Tensor, rows: Tensor) -> Tensor:
@@ -158,9 +160,31 @@ def flat_combination(weights: Tensor, rows: Tensor) -> Tensor:
     tiles, rest = _tiles(rows)
     step = rows.new_empty(rows.shape[1])
     whole = step[: tiles.shape[0] * COLUMNS].view(-1, 1, COLUMNS)
-    torch.bmm(weights.expand(len(tiles), 1, -1), tiles, out=whole)
-    torch.mv(rest.T, weights, out=step[whole.numel() :])
+    with exact_products(rows.device):
+        torch.bmm(weights.expand(len(tiles), 1, -1), tiles, out=whole)
+        torch.mv(rest.T, weights, out=step[whole.numel() :])
     return step
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """No TensorFloat-32 inside, whatever the user has chosen for training.
+
+    It keeps 11 bits of a number: Uᵀθ − Uᵀθ_r would be lost in the rounding of Uᵀθ.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    # The first name is new in torch 2.9, which warns where both are used.
+    new = hasattr(matmul, "fp32_precision")
+    name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def _tiles(rows: Tensor) -> tuple[Tensor, Tensor]:

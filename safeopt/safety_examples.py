@@ -106,8 +106,7 @@ def unlikely(nll: float, source: str) -> str | None:
         return None
     return (
         f"safety: the responses in {source} are unlikely under the model ({nll:.1f} nats a token); "
-        "it does not refuse like that, so there is nothing to protect. Leave the responses out to "
-        "use the model's own refusals"
+        "it does not refuse like that, so there is nothing to protect"
     )
 
 
@@ -127,7 +126,7 @@ def check_likely(probe: SafetyProbe, source: str) -> float:
     nll = alignment_loss(probe)
     found = unlikely(nll, source)
     if found is not None:
-        raise ValueError(found)
+        raise ValueError(f"{found}. Leave the responses out to use the model's own refusals")
     return nll
 
 

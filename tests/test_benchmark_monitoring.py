@@ -32,6 +32,10 @@ def test_unprotected_runs_are_rolled_back_and_protected_ones_are_judged(tmp_path
             limit = found["start"]["alignment_loss"] + watch.budget
             assert check["unseen_within"] == (check["unseen_alignment_loss"] <= limit)
     counts = found["protected_runs"]
-    alarms = sum(check["alarm"] for check in ours["checks"])
-    assert (counts["checks"], counts["alarms"]) == (3, alarms)
-    assert counts["false_alarms"] + counts["missed"] <= 3
+    judged = [(check["alarm"], check["unseen_within"]) for check in ours["checks"]]
+    assert counts == {
+        "checks": 3,
+        "alarms": judged.count((True, True)) + judged.count((True, False)),
+        "false_alarms": judged.count((True, True)),
+        "missed": judged.count((False, False)),
+    }

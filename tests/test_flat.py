@@ -72,3 +72,15 @@ def test_sums_over_many_columns_are_as_precise_as_in_float64():
     vector = torch.rand(1 << 20, generator=generator) + 1
     exact = float(block.double() @ vector.double())
     assert float(FlatBlocks([block]).products([[vector]])) == pytest.approx(exact, rel=2e-7)
+
+
+def test_products_on_a_gpu_do_without_tf32_whatever_training_uses():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with rows.exact_products(torch.device("cuda")):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before

@@ -5,6 +5,19 @@ from __future__ import annotations
 import logging
 import sys
 
+# What the extra brings, and a command imports.
+_EXTRA = {
+    "accelerate",
+    "datasets",
+    "gguf",
+    "jinja2",
+    "matplotlib",
+    "peft",
+    "rich",
+    "transformers",
+    "typer",
+}
+
 
 def main() -> None:
     """Entry point of the ``safeopt`` command."""
@@ -16,7 +29,7 @@ def main() -> None:
         app()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "safeopt"):
+        if package not in _EXTRA:
             raise
         print(
             f"safeopt: the command line needs the package {package}, which is not installed; "

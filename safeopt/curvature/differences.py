@@ -99,7 +99,7 @@ class Differences:
                 if not math.isfinite(delta):  # so is the derivative: let the caller see it
                     break
                 correction = goal / delta if delta else _LARGEST_CORRECTION
-                enough = realised > 0 and low <= correction <= high
+                enough = realised > 0 and delta > 0 and low <= correction <= high
                 correction = min(max(correction, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
                 length *= correction
                 self._length = length

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 # Without one of these Trainer would go on, but not from where the run stood.
 _NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -18,7 +19,8 @@ def checkpoints(out: Path) -> list[Path]:
     found = {
         int(number): folder
         for folder in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := folder.name.rpartition("-")[2]).isdecimal() and folder.is_dir()
+        if (number := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
+        and folder.is_dir()
     }
     return [found[number] for number in sorted(found)]
 
@@ -49,7 +51,17 @@ def last_checkpoint(out: Path) -> Path:
 def _damage(checkpoint: Path) -> str | None:
     """The first file that is not as it was written, and what is wrong with it."""
     weights = sorted(checkpoint.glob("*.safetensors"))
-    for path in (*(checkpoint / name for name in _NEEDED), *weights):
+    shards: set[str] = set()
+    if (index := checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            return f"{index} was cut off or is damaged ({error})"
+    for path in (
+        *(checkpoint / name for name in _NEEDED),
+        *(checkpoint / name for name in sorted(shards)),
+        *weights,
+    ):
         if not path.is_file():
             return f"{path} is missing"
         try:

@@ -231,6 +231,8 @@ def read_probe(
     safety: str | Path,
     harmless: str | Path | None = None,
     loss: Literal["nll", "kl"] = "nll",
+    *,
+    aligned: bool = True,
 ) -> SafetyProbe:
     """The probe that a file describes, of a model that may have adapters.
 
@@ -240,6 +242,7 @@ def read_probe(
         safety: see `protect`.
         harmless: see `protect`.
         loss: see `protect`.
+        aligned: whether the model is the aligned one, whose refusals are checked to be likely.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -252,7 +255,8 @@ def read_probe(
         )
     batches, held = read_safety_batches(model, tokenizer, safety, harmless)
     probe = _probe(model, batches, held, "nll")
-    check_likely(probe, str(safety))
+    if aligned:
+        check_likely(probe, str(safety))
     return probe if loss == "nll" else _probe(model, batches, held, loss)
 
 

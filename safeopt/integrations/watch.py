@@ -59,8 +59,9 @@ class WatchCallback(MonitorCallback):
         ValueError: at the start of training, if the file is malformed or the model does not refuse
             its prompts, or not in the words given; if ``batches`` is 1 or negative.
 
-    Cost: before training, an answer of 32 tokens for each prompt that has no response and
-    `safeopt.diagnose` on ``batches`` and ``examples``; then as `SafetyMonitor`.
+    Cost: before training, an answer of 32 tokens for each prompt that has no response, a forward
+    pass on at most 32 prompts and `safeopt.diagnose` on ``batches`` and ``examples``; then as
+    `SafetyMonitor`.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class WatchCallback(MonitorCallback):
             return
         model = kwargs["model"]
         keep_trainable(model)
-        self._probe = self._read(model, kwargs.get("processing_class"))
-        if self._batches and state.global_step == 0:
+        # A resumed model has drifted: it is no longer the one whose refusals can be checked.
+        aligned = state.global_step == 0
+        self._probe = self._read(model, kwargs.get("processing_class"), aligned)
+        if self._batches and aligned:
             self._diagnose(args, kwargs["train_dataloader"])
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -113,11 +116,11 @@ class WatchCallback(MonitorCallback):
         if self.monitor is not None:
             super()._check(state, control, measure=measure)
 
-    def _read(self, model: Any, tokenizer: Any) -> SafetyProbe:
+    def _read(self, model: Any, tokenizer: Any, aligned: bool) -> SafetyProbe:
         if isinstance(self._safety, SafetyProbe):
             return self._safety
         assert self._safety is not None
-        return read_probe(model, tokenizer, self._safety)
+        return read_probe(model, tokenizer, self._safety, aligned=aligned)
 
     def _diagnose(self, args: TrainingArguments, loader: Any) -> None:
         try:

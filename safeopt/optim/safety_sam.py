@@ -193,8 +193,8 @@ class SafetySAM(OptimizerWrapper):
         self.beta = float(beta)
         self.training = True
         self._held = HeldParameters()
-        # Of the gradients of the last second pass the smallest one: while it is some parameter's
-        # gradient, the next step has had its second pass.
+        # The smallest gradient of the last second pass: while it is still some parameter's .grad,
+        # the next step has had its second pass.
         self._of_second_pass: Tensor | None = None
         decay = self.beta if mode == "lookahead" else None
         self._ascent = SubspaceAscent(self.safety, ascent, self.rho, decay)
