@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -71,11 +72,18 @@ def launched(command, environment, seconds):
     return launcher.returncode, output, errors
 
 
-def test_workers_do_not_outlive_a_launcher_that_takes_too_long(tmp_path):
+def test_workers_do_not_outlive_a_launcher_that_takes_too_long(tmp_path, monkeypatch):
     mark = tmp_path / "pid"
     child = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))"
     code = "import subprocess, sys; subprocess.run(sys.argv[1:], start_new_session=True)"
     command = [sys.executable, "-c", code, sys.executable, "-c", f"{child}; time.sleep(60)"]
+
+    def too_long(self, timeout):
+        while not (mark.exists() and mark.read_text()):  # however slow the machine is
+            time.sleep(0.05)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", too_long)
     with pytest.raises(subprocess.TimeoutExpired):
         launched(command, os.environ, 5)
     worker = int(mark.read_text())
