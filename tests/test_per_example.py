@@ -291,4 +291,4 @@ def test_nothing_of_a_pass_stays_in_memory(kind):
     before = tensors()
     for _ in range(3):
         look(params)
-    assert tensors() == before
+    assert tensors() <= before  # fewer where another test's garbage goes in the meantime

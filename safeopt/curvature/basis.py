@@ -178,7 +178,9 @@ class DenseBasis:
         Returns:
             Shape ``(k,)``, float64, summed over the parameters in float64.
         """
-        return self.coordinates_together([tensors])[0]
+        # Two vectors, as in a step: rounding depends on their number, and with the same one c is
+        # exactly zero where nothing has moved.
+        return self.coordinates_together([tensors, [None] * len(tensors)])[0]
 
     @torch.no_grad()
     def coordinates_together(self, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:
