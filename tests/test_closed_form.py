@@ -78,7 +78,7 @@ def projected_adamw(model, **options):
 
 
 def safety_sam(model, **options):
-    return SafetySAM(sgd(model), probe=probe(model), **{**OPTIONS, **options})
+    return SafetySAM(sgd(model), probe=probe(model), **{"ascent": "task", **OPTIONS, **options})
 
 
 def preconditioned_sgd(model, **options):

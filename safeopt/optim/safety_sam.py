@@ -147,7 +147,7 @@ class SafetySAM(OptimizerWrapper):
         probe: SafetyProbe,
         rho: float = 0.05,
         mode: Evaluation = "lookahead",
-        ascent: Ascent = "task",
+        ascent: Ascent = "safety",
         beta: float = 0.9,
         rank: int = SafetyConfig.rank,
         protection: Mode = SafetyConfig.mode,
