@@ -169,7 +169,6 @@ class DenseBasis:
         """Bytes that the basis occupies."""
         return sum(block.nbytes for block in self.blocks)
 
-    @torch.no_grad()
     def coordinates(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return Uᵀv for a vector v given as one tensor for each parameter.
 
@@ -179,10 +178,7 @@ class DenseBasis:
         Returns:
             Shape ``(k,)``, float64, summed over the parameters in float64.
         """
-        # Two vectors, as in a step: rounding depends on their number, and with the same one c is
-        # exactly zero where nothing has moved.
-        pair = self._flat.products([locals_of(tensors), [None] * len(tensors)])
-        return self.layout.sum(pair[0])
+        return self.coordinates_together([tensors])[0]
 
     @torch.no_grad()
     def coordinates_together(self, vectors: Sequence[Sequence[Tensor | None]]) -> Tensor:

@@ -74,7 +74,13 @@ class FlatBlocks:
             chosen = [[vector[i] for i in segment.members] for vector in vectors]
             if not segment.matrix.numel() or all(t is None for part in chosen for t in part):
                 continue
-            total += flat_products(_rows(segment, chosen), segment.matrix).to(first.device)
+            rows = _rows(segment, chosen)
+            if len(rows) == 1:
+                # Rounding depends on the number of rows. A step reads U for two vectors: with as
+                # many for one, Uᵀθ is the same to the bit where nothing has moved.
+                rows = torch.cat([rows, torch.zeros_like(rows)])
+            products = flat_products(rows, segment.matrix)[: len(vectors)]
+            total += products.to(first.device)
         return total
 
     @torch.no_grad()

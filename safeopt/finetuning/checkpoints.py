@@ -50,18 +50,14 @@ def last_checkpoint(out: Path) -> Path:
 
 def _damage(checkpoint: Path) -> str | None:
     """The first file that is not as it was written, and what is wrong with it."""
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    shards: set[str] = set()
+    weights = set(checkpoint.glob("*.safetensors"))
     if (index := checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            weights |= {checkpoint / name for name in shards}
         except (ValueError, KeyError, AttributeError) as error:
             return f"{index} was cut off or is damaged ({error})"
-    for path in (
-        *(checkpoint / name for name in _NEEDED),
-        *(checkpoint / name for name in sorted(shards)),
-        *weights,
-    ):
+    for path in (*(checkpoint / name for name in _NEEDED), *sorted(weights)):
         if not path.is_file():
             return f"{path} is missing"
         try:
