@@ -76,6 +76,22 @@ def test_held_examples_cost_a_share(name):
     assert len(window) == 2 + 4 + 2 + 3
 
 
+@names
+def test_held_examples_are_held_where_the_aligned_model_had_them(name):
+    """Also those whose turn comes after the model has moved."""
+    model, optimizer = build(name, held=True, lr=3e-2, refresh=RefreshPolicy.fixed(2), examples=2)
+    probe = probe_of(model, held=True)
+    aligned = probe.values(range(len(probe), len(probe) + probe.held_count)).double()
+    run(model, optimizer, 4)
+    window, rota = optimizer.safety.subspace.window, optimizer.safety.rota
+    tokens = probe.response_tokens(rota.held)
+    expected = torch.minimum(aligned[[i - len(probe) for i in rota.held]], math.log(100) / tokens)
+    assert torch.allclose(rota.held_targets, expected, rtol=1e-5)
+    turns = [position % probe.held_count for position in range(rota.held_drawn)]
+    assert torch.equal(window.targets[~window.safety].cpu(), rota.held_targets[turns])
+    assert not torch.allclose(window.losses[~window.safety].cpu(), aligned[turns], rtol=1e-2)
+
+
 def test_a_look_may_be_larger_than_the_window():
     """Held examples come on top of a window that only holds the safety examples."""
     model, optimizer = build(
@@ -139,7 +155,7 @@ def test_line_search_backtracks(name, monkeypatch):
         accepted = values[-1] < 1
         before, script = copies(trainable(model)), iter(values)
         monkeypatch.setattr(optimizer.safety.probe, "value", lambda *args, s=script: next(s))
-        optimizer.safety._refresh(trainable(model), search=True)
+        optimizer.safety._refresh(trainable(model), lambda: None, search=True)
         assert next(script, None) is None
         measured = optimizer.safety.history[-1]
         assert measured.restored_to == (values[-1] if accepted else 1.0)

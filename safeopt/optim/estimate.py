@@ -49,7 +49,7 @@ def estimate(
     losses, rows = gradient_rows(probe, params, look.indices, kind, layout)
     finite(float(losses.sum()))
     tokens = probe.response_tokens(look.indices)
-    targets = rota.targets(look, losses, tokens)
+    targets = rota.targets(look)
     if config.curvature == "random":
         rows = _random(rows, config.seed + rota.drawn)
     subspace = updated_subspace(
@@ -64,7 +64,7 @@ def estimate(
         kind=kind,
         layout=layout,
     )
-    rota.advance(look, targets)
+    rota.advance(look)
     return subspace, look
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safeopt.optim.measurement import finite
 from safeopt.probe import SafetyProbe
 
 # A held example may be brought up to this probability of the whole refusal, or to the one that it
-# had when it was first seen: what is refused that rarely needs no protection.
+# had in the aligned model: what is refused that rarely needs no protection.
 _RARELY_REFUSED = 0.01
 
 
@@ -27,7 +28,7 @@ class Look:
 
     Attributes:
         safety: indices of safety examples in the probe.
-        held: positions in the list of held examples.
+        held: positions in the order of the held examples.
         indices: all of them as indices in the probe, safety examples first.
     """
 
@@ -51,44 +52,52 @@ class ExampleRota:
 
     Attributes:
         trial: indices of the trial examples.
+        held: indices of the held examples in the probe, in the order of their turns.
         drawn: safety examples looked at so far.
         held_drawn: held examples looked at so far.
-        held_targets: the loss below which each held example must not fall, shape ``(h,)``, float64;
-            nan until it was seen for the first time.
+        held_targets: the loss below which each held example must not fall, shape ``(h,)``, float64,
+            in the order of ``held``; nan until `measure` was called.
     """
 
     def __init__(self, probe: SafetyProbe, trial_examples: int, seed: int) -> None:
         order = _permutation(len(probe), seed)
         self.trial, self._pool = order[:trial_examples], order[trial_examples:]
-        self._held = [len(probe) + i for i in _permutation(probe.held_count, seed)]
+        self.held = [len(probe) + i for i in _permutation(probe.held_count, seed)]
         self.held_targets = torch.full((probe.held_count,), math.nan, dtype=torch.float64)
         self.drawn = 0
         self.held_drawn = 0
 
+    def measure(self, probe: SafetyProbe) -> Tensor:
+        """Look at the trial and the held examples before anything moves: one forward pass.
+
+        The model as it is now decides what the held examples' targets are.
+
+        Returns:
+            The trial examples' losses, float64, on the CPU.
+
+        Raises:
+            FloatingPointError: if a loss is not finite.
+        """
+        losses = probe.values([*self.trial, *self.held]).to("cpu", torch.float64)
+        finite(float(losses.sum()))
+        trial, held = losses.tensor_split([len(self.trial)])
+        rarely = -math.log(_RARELY_REFUSED) / probe.response_tokens(self.held)
+        self.held_targets = torch.minimum(held, rarely)
+        return trial
+
     def next(self, count: int) -> Look:
         """The examples whose turn it is: ``count`` safety examples, for four of them three held."""
         safety = _turn(self._pool, self.drawn, count)
-        places = _turn(range(len(self._held)), self.held_drawn, held_beside(count))
-        return Look(safety, places, safety + [self._held[place] for place in places])
+        places = _turn(range(len(self.held)), self.held_drawn, held_beside(count))
+        return Look(safety, places, safety + [self.held[place] for place in places])
 
-    def targets(self, look: Look, losses: Tensor, tokens: Tensor) -> Tensor:
-        """Targets of a look's examples, shape ``(q,)``, float64: nan for safety examples.
+    def targets(self, look: Look) -> Tensor:
+        """Targets of a look's examples, shape ``(q,)``, float64: nan for safety examples."""
+        unbound = torch.full((len(look.safety),), math.nan, dtype=torch.float64)
+        return torch.cat([unbound, self.held_targets[look.held]])
 
-        Args:
-            look: the examples.
-            losses: their losses, shape ``(q,)``.
-            tokens: their numbers of refusal tokens, shape ``(q,)``.
-        """
-        seen, lengths = (x[len(look.safety) :].to("cpu", torch.float64) for x in (losses, tokens))
-        limits = torch.minimum(seen, -math.log(_RARELY_REFUSED) / lengths)
-        known = self.held_targets[look.held]
-        targets = torch.full((len(look.indices),), math.nan, dtype=torch.float64)
-        targets[len(look.safety) :] = torch.where(known.isnan(), limits, known)
-        return targets
-
-    def advance(self, look: Look, targets: Tensor) -> None:
-        """End the turn of a look's examples and keep their targets."""
-        self.held_targets[look.held] = targets[len(look.safety) :]
+    def advance(self, look: Look) -> None:
+        """End the turn of a look's examples."""
         self.drawn += len(look.safety)
         self.held_drawn += len(look.held)
 

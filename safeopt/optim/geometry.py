@@ -17,7 +17,7 @@ takes a damped Gauss-Newton step back inside the subspace (`safeopt.curvature.wi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,8 +124,8 @@ class SafetyGeometry:
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
-            trial = self.probe.values(self.rota.trial).cpu().double()
-            self._trial_reference = finite(float(trial.mean()))
+            trial = self.rota.measure(self.probe)
+            self._trial_reference = float(trial.mean())
             self._estimate(params, self._count(0))
             assert self.subspace is not None
             window = self.subspace.window
@@ -159,8 +159,8 @@ class SafetyGeometry:
         self._taken_back = self._taken_back + (c - mapped)
         self._position = mapped
         if self.config.refresh.due(self.step_count, self.last_refresh, self._drift()):
-            with whole_or_not_at_all(self, params):
-                self._refresh(params)
+            with whole_or_not_at_all(self, params) as before_move:
+                self._refresh(params, before_move)
 
     def restore(self, params: Sequence[Tensor]) -> Measurement:
         """Measure the alignment loss now and, where it exceeds the budget, restore it.
@@ -179,15 +179,15 @@ class SafetyGeometry:
         if self.subspace is None:
             self.before_step(params)
         elif self.step_count > self._checked:
-            with whole_or_not_at_all(self, params):
-                self._restore(params)
+            with whole_or_not_at_all(self, params) as before_move:
+                self._restore(params, before_move)
             self._checked = self.step_count
         return self.history[-1]
 
-    def _restore(self, params: Sequence[Tensor]) -> None:
+    def _restore(self, params: Sequence[Tensor], before_move: Callable[[], None]) -> None:
         trial: float | None = None
         if self.step_count > self.last_refresh:
-            trial = self._refresh(params, search=True)
+            trial = self._refresh(params, before_move, search=True)
         if not self._restores:
             return
         assert self._trial_reference is not None
@@ -197,7 +197,7 @@ class SafetyGeometry:
         for _ in range(_ROUNDS):
             if trial > limit:
                 count = self.config.examples
-                trial = self._refresh(params, search=True, trial=trial, count=count)
+                trial = self._refresh(params, before_move, search=True, trial=trial, count=count)
                 assert trial is not None  # a search measures it, and without one it is as before
         if trial > limit:
             logger.warning(
@@ -301,6 +301,7 @@ class SafetyGeometry:
     def _refresh(
         self,
         params: Sequence[Tensor],
+        before_move: Callable[[], None],
         *,
         search: bool = False,
         trial: float | None = None,
@@ -310,6 +311,7 @@ class SafetyGeometry:
 
         Args:
             params: the protected parameters.
+            before_move: called before they are moved.
             search: whether the step's length is searched even if another look follows soon.
             trial: the trial examples' loss, where it was just measured.
             count: number of safety examples; by default, what is due after so many steps.
@@ -328,6 +330,7 @@ class SafetyGeometry:
         step = window.restoring_step(goal, self.config.newton_damping)
         if not step.any():
             return trial
+        before_move()
         if search or steps >= _SOON:
             step, trial = self._search(params, step, trial)
         else:

@@ -255,7 +255,7 @@ class _Repair:
 
     def run(self, refreshes: int) -> tuple[float, list[RepairStep], float]:
         """The trial loss before, the steps, and the trial loss after them."""
-        before = trial = finite(self._probe.value(self._rota.trial))
+        before = trial = float(self._rota.measure(self._probe).mean())
         cost = self._task.loss() if self._task else None
         steps: list[RepairStep] = []
         while trial > self._limit and len(steps) < refreshes:
@@ -284,8 +284,8 @@ class _Repair:
         kind = choose_basis(self._basis, params, count, probe.model, layout)
         losses, rows = gradient_rows(probe, params, look.indices, kind, layout)
         tokens = probe.response_tokens(look.indices)
-        targets = self._rota.targets(look, losses, tokens)
-        self._rota.advance(look, targets)
+        targets = self._rota.targets(look)
+        self._rota.advance(look)
         value = finite(float(losses[targets.isnan()].mean()))
         if task:
             task_losses, task_rows = gradient_rows(task.probe, params, steering, kind, layout)

@@ -25,7 +25,7 @@ from safeopt.probe import SafetyProbe
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
-VERSION = 3
+VERSION = 4
 _WHERE = 'state_dict["safety"]'
 _COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn", "checked")
 _NUMBERS = ("reference", "reference_odds", "trial_reference", "coupling")
@@ -149,7 +149,7 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
             f'{where}["basis"]: its shapes do not fit the parameters ({basis.rank} directions, '
             f"{sizes['k']} eigenvalues)"
         )
-    vectors = {name: [subspace[name]] for name in present if "targets" not in name}
+    vectors = {name: [subspace[name]] for name in present if name != "targets"}
     for name, tensors in {"basis": _tensors(subspace["basis"]), **vectors}.items():
         if not all(bool(torch.isfinite(x).all()) for x in tensors):
             raise ValueError(f'{where}["{name}"]: it holds a value that is not finite')

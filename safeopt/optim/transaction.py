@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,25 +14,35 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def whole_or_not_at_all(geometry: SafetyGeometry, params: Sequence[Tensor]) -> Iterator[None]:
+def whole_or_not_at_all(
+    geometry: SafetyGeometry, params: Sequence[Tensor]
+) -> Iterator[Callable[[], None]]:
     """Where the block raises, parameters and geometry are as before, bit for bit.
 
     Out of memory and Ctrl-C included. Safety passes that were made stay counted: they have cost
     what they cost.
 
-    Memory: a copy of the parameters inside the block, small beside a refresh's per-example
-    gradients; moving back by the opposite step would leave a rounding error.
+    Yields:
+        What the block must call before it moves the parameters; of several calls the first counts.
+        It copies them, for moving back by the opposite step would leave a rounding error. So the
+        copy does not lie beside a first refresh's per-example gradients, where memory peaks.
     """
-    kept = [p.detach().clone() for p in params]
+    kept: list[Tensor] = []
     subspace, rota = geometry.subspace, geometry.rota
     own, history = dict(vars(geometry)), list(geometry.history)
     fields = None if subspace is None else dict(vars(subspace))
-    turns = {**vars(rota), "held_targets": rota.held_targets.clone()}
+    turns = dict(vars(rota))
+
+    def before_move() -> None:
+        if not kept:
+            kept.extend([p.detach().clone() for p in params])
+
     try:
-        yield
+        yield before_move
     except BaseException:
         with torch.no_grad():
-            for p, value in zip(params, kept, strict=True):
+            # Of parameters that have not been moved there is no copy.
+            for p, value in zip(params, kept, strict=False):
                 p.copy_(value)
         vars(geometry).update(own)
         geometry.history[:] = history
