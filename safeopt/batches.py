@@ -34,6 +34,18 @@ def split(batches: Sequence[Batch], argument: str) -> list[Example]:
     return examples
 
 
+def opened(example: Example, tokens: int) -> Example:
+    """An example up to and including its first ``tokens`` response tokens."""
+    length = len(example["labels"])
+    # The first position of all has nothing before it that could predict it.
+    response = 1 + (example["labels"][1:] != IGNORE).nonzero().squeeze(-1)
+    end = int(response[:tokens][-1]) + 1
+    return {
+        name: tensor[:end] if tensor.shape == (length,) else tensor
+        for name, tensor in example.items()
+    }
+
+
 def require_same_keys(examples: Sequence[Example], argument: str) -> None:
     """Refuse examples that cannot stand in one batch.
 

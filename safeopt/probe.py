@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from safeopt.batches import by_length, join, require_same_keys, split
+from safeopt.batches import by_length, join, opened, require_same_keys, split
 from safeopt.distributed import (
     DEEPSPEED,
     Layout,
@@ -37,6 +37,10 @@ from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.prefix import share_prefix, tokens_run
 from safeopt.rows import row_dtype
 
+# The opening of a refusal that an optimizer protects, in tokens: between 4 and all tried on
+# HarmBench `val`, see docs/optimizers/projected-adamw.md.
+OPENING = 4
+
 
 class SafetyProbe:
     """Safety examples and the alignment loss on them.
@@ -52,13 +56,17 @@ class SafetyProbe:
             Only with ``loss="nll"``.
         loss: ``"nll"`` (refusal negative log-likelihood), ``"kl"`` (KL to the model as it is at the
             first use of the probe) or any function ``(model, batch) -> losses (m,)``.
+        opening: use only so many tokens of each response, at least 1; None for all of it. What a
+            model does with a prompt shows in its first words (Qi et al. 2024, arXiv 2406.05946).
+            To protect a model, give `OPENING`: its restoring then tells harmful from harmless
+            better, and its passes are shorter.
         micro_batch_size: the largest number of examples in one pass, at least 1.
 
     Raises:
         TypeError: if ``model`` is not a module, is wrapped by FullyShardedDataParallel (FSDP1) or
             DeepSpeed, or ``loss`` is neither a name nor callable.
         ValueError: if there is no example, an example has no labelled token, tensors of a batch
-            disagree in size, or ``loss`` or ``micro_batch_size`` is out of range.
+            disagree in size, or ``loss``, ``opening`` or ``micro_batch_size`` is out of range.
     """
 
     def __init__(
@@ -68,10 +76,13 @@ class SafetyProbe:
         loss: Literal["nll", "kl"] | AlignmentLoss = "nll",
         *,
         held: Sequence[Batch] = (),
+        opening: int | None = None,
         micro_batch_size: int = 16,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={type(model).__name__}: expected a torch.nn.Module")
+        if opening is not None and not (isinstance(opening, int) and opening >= 1):
+            raise ValueError(f"opening={opening}: expected a number of tokens, at least 1, or None")
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size}: at least one example a pass")
         self.model, self._group = undivided(model)
@@ -88,6 +99,8 @@ class SafetyProbe:
         held_examples = split(held, "held")
         self.held_count = len(held_examples)
         self._examples = safety_examples + held_examples
+        if opening is not None:
+            self._examples = [opened(example, opening) for example in self._examples]
         require_same_keys(self._examples, "batches, held")
         self._reference_cached = not isinstance(self.loss, ReferenceKL)
         self._looped: set[int] = set()

@@ -18,7 +18,7 @@ def schedule(policy, steps):
 
 
 def test_default_schedule():
-    expected = [4, 8, 16, 32, 64, 128, 256, 456, 656, 856]
+    expected = [2, 4, 6, 9, 14, 21, 32, 48, 72, 108, 162, 243, 365, 548, 748, 948]
     assert schedule(RefreshPolicy(), 1000) == expected
 
 

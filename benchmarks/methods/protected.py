@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from benchmarks.methods.base import SafetyCost, Setup, TaskLoss
 from safeopt import RefreshPolicy, SafetyConfig, SafetyProbe
+from safeopt.probe import OPENING
 
 # What the benchmark sets itself.
 _GIVEN = {"self", "params", "lr", "probe", "optimizer"}
@@ -30,6 +31,7 @@ class ProtectedOptions(BaseModel):
         held: whether the probe also has harmless prompts, whose refusal is to stay as unlikely as
             it is (`safeopt.SafetyProbe`).
         prompts: how many of the safety prompts the probe gets; None for all.
+        opening: how many tokens of the refusals it uses (`safeopt.SafetyProbe`); None for all.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -39,6 +41,7 @@ class ProtectedOptions(BaseModel):
     refresh: dict[str, Any] | None = None
     held: bool = False
     prompts: int | None = Field(default=None, ge=1)
+    opening: int | None = Field(default=OPENING, ge=1)
 
     @classmethod
     def arguments_known(cls) -> set[str]:
@@ -97,6 +100,7 @@ class ProtectedMethod:
             setup.model,
             setup.safety[: options.prompts],
             held=setup.harmless if options.held else (),
+            opening=options.opening,
         )
         self._clock = SafetyCost()
         self.optimizer = self.build_optimizer(setup, options.arguments())

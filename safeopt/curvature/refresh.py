@@ -33,8 +33,8 @@ class RefreshPolicy:
         [1, 2, 4, 8, 16, 32, 64, 128, 228]
     """
 
-    first: int = 4
-    growth: float = 2.0
+    first: int = 2
+    growth: float = 1.5
     every: int = 200
     drift: float | None = 0.1
 

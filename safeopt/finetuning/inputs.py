@@ -87,12 +87,15 @@ class Inputs:
     alignment_loss: float
 
 
-def load_inputs(config: InputConfig, *, at_most: int | None = None) -> Inputs:
+def load_inputs(
+    config: InputConfig, *, at_most: int | None = None, opening: int | None = None
+) -> Inputs:
     """Read and check everything; write nothing.
 
     Args:
         config: what to read.
         at_most: safety prompts to use, drawn by the seed; None uses all of them.
+        opening: how much of the refusals the probe uses, see `SafetyProbe`.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -127,6 +130,7 @@ def load_inputs(config: InputConfig, *, at_most: int | None = None) -> Inputs:
         model,
         as_batches(tokenizer, refusals),
         held=as_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
+        opening=opening,
     )
     loss = check_likely(probe, str(config.safety))
     return Inputs(model, tokenizer, rows, probe, (len(refusals), len(safety)), loss)

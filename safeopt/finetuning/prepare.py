@@ -13,7 +13,7 @@ from safeopt.finetuning.config import ADAMW, FinetuneConfig
 from safeopt.finetuning.inputs import Inputs, load_inputs
 from safeopt.finetuning.report import REPORT, read_report
 from safeopt.optim import optimizers
-from safeopt.probe import SafetyProbe
+from safeopt.probe import OPENING, SafetyProbe
 
 # What a resumed run may change; a checkpoint silently overrules some of the rest.
 _FREE_TO_CHANGE = {"out", "resume", "overwrite"}
@@ -48,7 +48,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
             or there is nothing to protect since the model does not refuse the safety prompts.
     """
     checkpoint = _checkpoint(config)
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, opening=OPENING)
     return Prepared(config, inputs, _optimizer(inputs.model, inputs.probe, config), checkpoint)
 
 

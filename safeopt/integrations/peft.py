@@ -64,6 +64,7 @@ def safety_probe(
     *,
     held: Sequence[Batch] = (),
     loss: Literal["nll", "kl"] = "nll",
+    opening: int | None = None,
     reference: Reference = "auto",
 ) -> SafetyProbe:
     """A `SafetyProbe` of a PEFT model.
@@ -73,6 +74,7 @@ def safety_probe(
         batches: see `SafetyProbe`.
         held: see `SafetyProbe`.
         loss: see `SafetyProbe`.
+        opening: see `SafetyProbe`.
         reference: of ``loss="kl"``: ``"base"``, the model with its adapters off; ``"start"``, the
             model as it is now; ``"auto"`` chooses as this module describes.
 
@@ -89,7 +91,7 @@ def safety_probe(
     # Virtual tokens stand before the padding, which would then part them from the prompt.
     size = 1 if peft.active_peft_config.is_prompt_learning else 16
     if loss == "nll":
-        return SafetyProbe(model, batches, held=held, micro_batch_size=size)
+        return SafetyProbe(model, batches, held=held, opening=opening, micro_batch_size=size)
     if reference == "base" and not _keeps_base(peft):
         raise ValueError(
             'reference="base": the base model is not the aligned model, since the adapter\'s '
@@ -104,6 +106,7 @@ def safety_probe(
         batches,
         loss=BaseReferenceKL() if base else ReferenceKL(),
         held=held,
+        opening=opening,
         micro_batch_size=size,
     )
     if not base:

@@ -34,7 +34,7 @@ from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
 from safeopt.losses import Batch, refusal_nll
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
 from safeopt.optim.portable import in_process_group
-from safeopt.probe import SafetyProbe
+from safeopt.probe import OPENING, SafetyProbe
 from safeopt.safety_examples import alignment_loss, check_likely, read_safety_batches, unlikely
 
 logger = logging.getLogger("safeopt")
@@ -97,7 +97,9 @@ def protect(
                 "weights before training, and the model cannot be looked at; set it to false in "
                 "fsdp_config, or give a SafetyProbe"
             )
-        probe = read_probe(trainer.model, trainer.processing_class, safety, harmless, loss)
+        probe = read_probe(
+            trainer.model, trainer.processing_class, safety, harmless, loss, opening=OPENING
+        )
     elif harmless is not None or loss != "nll":
         raise ValueError("harmless, loss: a probe was given, which has its own; leave them out")
     else:
@@ -233,6 +235,7 @@ def read_probe(
     loss: Literal["nll", "kl"] = "nll",
     *,
     aligned: bool = True,
+    opening: int | None = None,
 ) -> SafetyProbe:
     """The probe that a file describes, of a model that may have adapters.
 
@@ -243,6 +246,7 @@ def read_probe(
         harmless: see `protect`.
         loss: see `protect`.
         aligned: whether the model is the aligned one, whose refusals are checked to be likely.
+        opening: see `SafetyProbe`.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -254,20 +258,24 @@ def read_probe(
             "processing_class=tokenizer, or give a SafetyProbe"
         )
     batches, held = read_safety_batches(model, tokenizer, safety, harmless)
-    probe = _probe(model, batches, held, "nll")
+    probe = _probe(model, batches, held, "nll", opening)
     if aligned:
         check_likely(probe, str(safety))
-    return probe if loss == "nll" else _probe(model, batches, held, loss)
+    return probe if loss == "nll" else _probe(model, batches, held, loss, opening)
 
 
 def _probe(
-    model: Any, batches: Sequence[Batch], held: Sequence[Batch], loss: Literal["nll", "kl"]
+    model: Any,
+    batches: Sequence[Batch],
+    held: Sequence[Batch],
+    loss: Literal["nll", "kl"],
+    opening: int | None,
 ) -> SafetyProbe:
     if _has_adapters(model):
         from safeopt.integrations.peft import safety_probe
 
-        return safety_probe(model, batches, held=held, loss=loss)
-    probe = SafetyProbe(model, batches, held=held, loss=loss)
+        return safety_probe(model, batches, held=held, loss=loss, opening=opening)
+    probe = SafetyProbe(model, batches, held=held, loss=loss, opening=opening)
     if loss == "kl":
         probe.value([0])  # the first use keeps the reference: before a checkpoint is loaded
     return probe

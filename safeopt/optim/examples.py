@@ -49,6 +49,7 @@ class ExampleRota:
         probe: the examples.
         trial_examples: how many are kept apart as trial examples.
         seed: of the order.
+        most_held: how many of the held examples take turns; None for all.
 
     Attributes:
         trial: indices of the trial examples.
@@ -59,11 +60,13 @@ class ExampleRota:
             in the order of ``held``; nan until `measure` was called.
     """
 
-    def __init__(self, probe: SafetyProbe, trial_examples: int, seed: int) -> None:
+    def __init__(
+        self, probe: SafetyProbe, trial_examples: int, seed: int, most_held: int | None = None
+    ) -> None:
         order = _permutation(len(probe), seed)
         self.trial, self._pool = order[:trial_examples], order[trial_examples:]
-        self.held = [len(probe) + i for i in _permutation(probe.held_count, seed)]
-        self.held_targets = torch.full((probe.held_count,), math.nan, dtype=torch.float64)
+        self.held = [len(probe) + i for i in _permutation(probe.held_count, seed)[:most_held]]
+        self.held_targets = torch.full((len(self.held),), math.nan, dtype=torch.float64)
         self.drawn = 0
         self.held_drawn = 0
 

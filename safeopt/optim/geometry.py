@@ -28,6 +28,7 @@ from safeopt.curvature import surrogate as maps
 from safeopt.curvature.basis import coordinates_together
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.window import log_odds
+from safeopt.losses import refusal_nll
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import estimate
 from safeopt.optim.examples import ExampleRota
@@ -45,6 +46,10 @@ _LENGTHS = (1.0, 0.5, 0.25)
 _SOON = 16
 # `restore` repeats measuring and stepping back so often where once was not enough.
 _ROUNDS = 1
+# A refresh aims so many nats of log-odds beyond the goal, for until the next look examples drift.
+_FIRMER = 1.0
+# So many held examples take turns at most: all of them are measured at the start.
+_MOST_HELD = 32
 # The least number of safety examples in a refresh.
 _FEWEST = 2
 
@@ -83,7 +88,7 @@ class SafetyGeometry:
             )
         self.probe = probe
         self.config = config
-        self.rota = ExampleRota(probe, config.trial_examples, config.seed)
+        self.rota = ExampleRota(probe, config.trial_examples, config.seed, _MOST_HELD)
         self.subspace: SafetySubspace | None = None
         self.reference: float | None = None
         self.history: list[Measurement] = []
@@ -312,7 +317,8 @@ class SafetyGeometry:
         Args:
             params: the protected parameters.
             before_move: called before they are moved.
-            search: whether the step's length is searched even if another look follows soon.
+            search: whether this is the last look for now: nothing drifts afterwards, and the step's
+                length is searched.
             trial: the trial examples' loss, where it was just measured.
             count: number of safety examples; by default, what is due after so many steps.
 
@@ -326,7 +332,8 @@ class SafetyGeometry:
             return trial
         assert self.subspace is not None
         window = self.subspace.window
-        goal = window.losses_at(self._reference_odds) + self.config.budget
+        ahead = 0.0 if search or self.probe.loss is not refusal_nll else _FIRMER
+        goal = window.losses_at(self._reference_odds + ahead) + self.config.budget
         step = window.restoring_step(goal, self.config.newton_damping)
         if not step.any():
             return trial

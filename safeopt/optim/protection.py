@@ -214,7 +214,7 @@ class _Protection:
                 "and the alignment loss before fine-tuning is not known. Start from the aligned "
                 "model, or from a checkpoint of a protected run"
             )
-        check_state(state[_KEY], protected_parameters(optimizer), self._geometry.probe)
+        check_state(state[_KEY], protected_parameters(optimizer), self._geometry)
         self._checked = state[_KEY]
         return state
 

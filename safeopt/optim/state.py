@@ -20,7 +20,6 @@ from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
 from safeopt.passes import PassCounter
-from safeopt.probe import SafetyProbe
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
@@ -71,13 +70,15 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
     return state
 
 
-def check_state(state: Mapping[str, Any], params: Sequence[Tensor], probe: SafetyProbe) -> None:
+def check_state(
+    state: Mapping[str, Any], params: Sequence[Tensor], geometry: SafetyGeometry
+) -> None:
     """Refuse a state that is truncated, tampered with, of another model or of another probe.
 
     Args:
         state: what `pack_state` returned, before it was saved.
         params: the protected parameters.
-        probe: the examples in use.
+        geometry: what it is to be loaded into.
 
     Raises:
         ValueError: naming the entry that does not fit.
@@ -104,15 +105,15 @@ def check_state(state: Mapping[str, Any], params: Sequence[Tensor], probe: Safet
         raise ValueError(f'{_WHERE}["passes"]: expected finite numbers')
     if state["subspace"] is not None:
         try:
-            probe.check_reference(state["kl_reference"])
+            geometry.probe.check_reference(state["kl_reference"])
         except ValueError as error:
             raise ValueError(f'{_WHERE}["kl_reference"]: {error}') from error
         _check_subspace(state["subspace"], params)
-        saved = len(state["subspace"]["held_targets"])
-        if saved != probe.held_count:
+        saved, held = len(state["subspace"]["held_targets"]), len(geometry.rota.held)
+        if saved != held:
             raise ValueError(
-                f"{_WHERE}: it was saved with {saved} held examples, the probe now has "
-                f"{probe.held_count}; build the probe with the examples of the saved run"
+                f"{_WHERE}: it was saved with {saved} held examples, the probe now has {held}; "
+                "build the probe with the examples of the saved run"
             )
 
 
