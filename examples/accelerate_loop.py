@@ -18,7 +18,7 @@ model = AutoModelForCausalLM.from_pretrained(here.model)
 model.to(accelerator.device)
 
 batches, _ = read_safety_batches(model, tokenizer, here.safety)
-probe = SafetyProbe(model, batches)
+probe = SafetyProbe(model, batches, opening=4)
 inner = safeguard(torch.optim.AdamW(model.parameters(), lr=2e-5), probe, basis="int8")
 
 rows = [encode(tokenizer, example, 512) for example in read_examples(here.train)]

@@ -27,7 +27,7 @@ model = AutoModelForCausalLM.from_pretrained(here.model).to(device)
 batches, _ = read_safety_batches(model, tokenizer, here.safety)
 
 ddp = DistributedDataParallel(model)
-probe = SafetyProbe(ddp, batches)  # each rank looks at its share of the safety examples
+probe = SafetyProbe(ddp, batches, opening=4)  # each rank looks at its share of the safety examples
 optimizer = ProjectedAdamW(model.parameters(), lr=2e-5, probe=probe)
 
 rows = [encode(tokenizer, example, 512) for example in read_examples(here.train)]

@@ -31,7 +31,7 @@ mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
-probe = SafetyProbe(model, batches)
+probe = SafetyProbe(model, batches, opening=4)
 optimizer = ProjectedAdamW(model.parameters(), lr=2e-5, probe=probe)
 
 rows = [encode(tokenizer, example, 512) for example in read_examples(here.train)]

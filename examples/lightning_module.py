@@ -27,7 +27,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self):
         """AdamW that keeps the refusals."""
-        probe = SafetyProbe(self.model, self.batches)
+        probe = SafetyProbe(self.model, self.batches, opening=4)
         return ProjectedAdamW(self.model.parameters(), lr=2e-5, probe=probe, basis="int8")
 
 

@@ -245,6 +245,26 @@ def test_held_examples_follow_the_safety_examples():
         probe.values([10])
 
 
+def test_an_opening_is_the_start_of_every_response():
+    """As if the batches ended there; responses that are shorter stay whole."""
+    model, batch = tiny_llama(), safety_batch()
+    held = safety_batch(seed=1)
+    whole = SafetyProbe(model, [batch], held=[held])
+    tokens = whole.response_tokens(range(10))
+    assert tokens.min() <= 2 < tokens.max(), "both cases occur"
+    short = SafetyProbe(model, [batch], held=[held], opening=2)
+    assert torch.equal(short.response_tokens(range(10)), tokens.clamp(max=2))
+    for index in range(10):
+        source, row = (batch, index) if index < 5 else (held, index - 5)
+        cut = {name: tensor[row : row + 1].clone() for name, tensor in source.items()}
+        later = (cut["labels"] != -100).cumsum(1) > 2
+        cut["labels"][later] = -100
+        expected = refusal_nll(model.eval(), cut)
+        assert torch.allclose(short.values([index]), expected, rtol=1e-5)
+    shown = int(batch["attention_mask"].sum())
+    assert short.passes.forward_tokens == 2 * (shown - (2 + 1 + 3)), "what follows is not run"
+
+
 def broken(name, value):
     return {**safety_batch(), name: value}
 
@@ -280,6 +300,8 @@ EMPTY = torch.full_like(BATCH["labels"], -100)
         (ValueError, 'loss="ce"', {"loss": "ce"}),
         (TypeError, "loss=3", {"loss": 3}),
         (ValueError, "micro_batch_size=0", {"micro_batch_size": 0}),
+        (ValueError, "opening=0: expected a number of tokens", {"opening": 0}),
+        (ValueError, "opening=2.5: expected a number of tokens", {"opening": 2.5}),
     ],
 )
 def test_errors_name_the_argument(error, message, arguments):
