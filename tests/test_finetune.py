@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from benchmarks import tiny
 from safeopt.cli.app import app
-from safeopt.finetuning import FinetuneConfig, prepare, run
+from safeopt.finetuning.config import FinetuneConfig
+from safeopt.finetuning.prepare import prepare
+from safeopt.finetuning.run import run
 from safeopt.integrations.transformers import SafetyCallback, safety_of
 
 
@@ -98,10 +100,8 @@ def test_an_interrupted_run_resumes_to_the_same_parameters(files, tmp_path):
 
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(files, tmp_path, monkeypatch):
-    from safeopt.finetuning import run as run_module
-
     monkeypatch.setattr("sys.argv", ["safeopt", *arguments(files, tmp_path / "out")])
-    plain = run_module
+    plain = run
 
     def interrupted(prepared, listener, should_stop):
         def press(progress):
@@ -111,7 +111,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(files, tmp_path, monkeypatch):
 
         return plain(prepared, press, should_stop)
 
-    monkeypatch.setattr("safeopt.finetuning.run", interrupted)
+    monkeypatch.setattr("safeopt.finetuning.run.run", interrupted)
     done = CliRunner().invoke(app, arguments(files, tmp_path / "out"), catch_exceptions=False)
     assert done.exit_code == 130
     assert "--resume" in done.output.replace("\n", "")

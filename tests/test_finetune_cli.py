@@ -14,8 +14,9 @@ from test_finetune import arguments, config, files  # the fixture `files` is sha
 from typer.testing import CliRunner
 
 from safeopt.cli.app import app
-from safeopt.finetuning import prepare, run
 from safeopt.finetuning.finished import load_finished
+from safeopt.finetuning.prepare import prepare
+from safeopt.finetuning.run import run
 from safeopt.optim import optimizers
 
 

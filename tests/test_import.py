@@ -43,9 +43,19 @@ import {module}
 """
 
 
-@pytest.mark.parametrize("module", ["safeopt", "safeopt.data", "safeopt.curvature.krylov"])
-def test_the_core_imports_with_torch_and_numpy_alone(module):
-    code = BLOCKED.format(blocked=OPTIONAL, module=module)
+@pytest.mark.parametrize(
+    ("module", "blocked"),
+    [
+        # The core needs torch and numpy alone.
+        ("safeopt", OPTIONAL),
+        ("safeopt.data", OPTIONAL),
+        ("safeopt.curvature.krylov", OPTIONAL),
+        # What takes seconds to import is not needed for --help.
+        ("safeopt.cli.app", {"transformers", "peft"}),
+    ],
+)
+def test_what_is_imported_at_once(module, blocked):
+    code = BLOCKED.format(blocked=blocked, module=module)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

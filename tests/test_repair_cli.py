@@ -12,7 +12,8 @@ from test_finetune import config, files  # the fixture `files` is shared
 from typer.testing import CliRunner
 
 from safeopt.cli.app import app
-from safeopt.finetuning import prepare, run
+from safeopt.finetuning.prepare import prepare
+from safeopt.finetuning.run import run
 
 
 @pytest.fixture(scope="module")

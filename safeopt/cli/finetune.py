@@ -85,7 +85,8 @@ def finetune(
 
 def _finetune(config: FinetuneConfig) -> None:
     with loading("loading and checking the model, the data and the safety prompts"):
-        from safeopt.finetuning import Progress, prepare, run
+        from safeopt.finetuning.prepare import prepare
+        from safeopt.finetuning.run import Progress, run
 
         prepared = prepare(config)
     used, asked = prepared.inputs.refused

@@ -1,7 +1,5 @@
-"""`safeopt finetune` as a library: what it checks, what it runs, what it writes."""
+"""`safeopt finetune` as a library: `config`, `prepare`, `run`, and what they check and write.
 
-from safeopt.finetuning.config import FinetuneConfig
-from safeopt.finetuning.prepare import Prepared, prepare
-from safeopt.finetuning.run import Outcome, Progress, run
-
-__all__ = ["FinetuneConfig", "Outcome", "Prepared", "Progress", "prepare", "run"]
+Nothing is imported here: the command line needs the configs at once, and Trainer, which takes
+seconds to import, only for a run.
+"""

@@ -46,7 +46,8 @@ _LENGTHS = (1.0, 0.5, 0.25)
 _SOON = 16
 # `restore` repeats measuring and stepping back so often where once was not enough.
 _ROUNDS = 1
-# A refresh aims so many nats of log-odds beyond the goal, for until the next look examples drift.
+# Until the next look examples drift: a refresh brings them back by as much beyond the goal as they
+# miss now, up to so many nats of log-odds.
 _FIRMER = 1.0
 # So many held examples take turns at most: all of them are measured at the start.
 _MOST_HELD = 32
@@ -333,7 +334,8 @@ class SafetyGeometry:
         assert self.subspace is not None
         window = self.subspace.window
         ahead = 0.0 if search or self.probe.loss is not refusal_nll else _FIRMER
-        goal = window.losses_at(self._reference_odds + ahead) + self.config.budget
+        missing = (self._reference_odds - window.log_odds).clamp(0, ahead)
+        goal = window.losses_at(self._reference_odds + missing) + self.config.budget
         step = window.restoring_step(goal, self.config.newton_damping)
         if not step.any():
             return trial
