@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.config import MethodConfig, RunConfig
 from benchmarks.environment import PeakMemory
@@ -42,6 +43,35 @@ class Bench:
         """The model before training, the same for all methods and seeds."""
         return self.evaluator.start(self.model)
 
+    def setup(
+        self, method: MethodConfig, seed: int, model: nn.Module, params: Sequence[nn.Parameter]
+    ) -> Setup:
+        """What a method is built from.
+
+        Args:
+            method: an entry of the config.
+            seed: of the order of the prompts and what the method draws.
+            model: the model with its adapters.
+            params: what is trained.
+        """
+        device = next(model.parameters()).device
+        return Setup(
+            model=model,
+            params=params,
+            safety=single_batches(self.material.safety, seed, device),
+            harmless=single_batches(self.material.harmless_refused, seed, device),
+            learning_rate=method.learning_rate or self.config.learning_rate,
+            seed=seed,
+            unaligned=unaligned(self.config.model),
+        )
+
+    def task_batches(self, seed: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+        """The training batches of a run."""
+        config = self.config
+        return batches(
+            self.material.train, config.batch_size, config.steps, seed, self.material.pad, device
+        )
+
     def run(
         self,
         method: MethodConfig,
@@ -64,7 +94,6 @@ class Bench:
         """
         config = self.config
         device = next(self.model.parameters()).device
-        learning_rate = method.learning_rate or config.learning_rate
         if start.answers is not None and self._start is not start:
             self.evaluator.keep_reference(self.model, start.answers)
             self._start = start
@@ -78,29 +107,12 @@ class Bench:
             on_point(point)
 
         with trainable(self.model, config.lora, seed) as (model, params), PeakMemory() as memory:
-            rival = method_class(method.name)(
-                Setup(
-                    model=model,
-                    params=params,
-                    safety=single_batches(self.material.safety, seed, device),
-                    harmless=single_batches(self.material.harmless_refused, seed, device),
-                    learning_rate=learning_rate,
-                    seed=seed,
-                    unaligned=unaligned(config.model),
-                ),
-                method.options(),
-            )
+            setup = self.setup(method, seed, model, params)
+            rival = method_class(method.name)(setup, method.options())
             trajectory = train(
                 model,
                 rival,
-                batches(
-                    self.material.train,
-                    config.batch_size,
-                    config.steps,
-                    seed,
-                    self.material.pad,
-                    device,
-                ),
+                self.task_batches(seed, device),
                 config.steps,
                 Point(
                     step=0,
@@ -129,7 +141,7 @@ class Bench:
             task=config.task.name,
             seed=seed,
             steps=config.steps,
-            learning_rate=learning_rate,
+            learning_rate=setup.learning_rate,
             batch_tokens=trajectory.tokens.task / max(1, trajectory.passes.task_forward),
             curve=trajectory.curve,
             alignment_loss=Span(start=start.alignment_loss, end=last.alignment_loss),

@@ -8,7 +8,7 @@ measured, too: an alarm is false where these are within the budget.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,9 @@ from rich.table import Table
 from benchmarks.bench import Bench
 from benchmarks.config import MethodConfig, RunConfig
 from benchmarks.environment import environment
-from benchmarks.methods import Setup, method_class
+from benchmarks.methods import method_class
 from benchmarks.models import trainable
 from benchmarks.records import FILE, Start
-from benchmarks.tasks import batches, single_batches
 from benchmarks.training import StepLoss
 from safeopt import SafetyMonitor, SafetyProbe
 from safeopt.files import write_json
@@ -76,26 +75,24 @@ def monitoring(config: RunConfig, watch: Watch, out: Path, console: Console) -> 
 def _watched(
     bench: Bench, method: MethodConfig, seed: int, start: Start, watch: Watch
 ) -> dict[str, Any]:
-    config, material, evaluator = bench.config, bench.material, bench.evaluator
+    config, evaluator = bench.config, bench.evaluator
     device = next(bench.model.parameters()).device
-    safety = single_batches(material.safety, seed, device)
-    half, rate = len(safety) // 2, method.learning_rate or config.learning_rate
     limit = start.alignment_loss + watch.budget
     checks: list[dict[str, Any]] = []
     with trainable(bench.model, config.lora, seed) as (model, params):
-        harmless = single_batches(material.harmless_refused, seed, device)
-        setup = Setup(model, params, safety[:half], harmless, rate, seed)
-        rival: Any = method_class(method.name)(setup, method.options())
+        setup = bench.setup(method, seed, model, params)
+        half = len(setup.safety) // 2
+        trained, watched = setup.safety[:half], setup.safety[half:]
+        rival: Any = method_class(method.name)(replace(setup, safety=trained), method.options())
         protected = hasattr(rival.optimizer, "safety")
         monitor = SafetyMonitor(
             rival.optimizer,
-            SafetyProbe(model, safety[half:]),
+            SafetyProbe(model, watched),
             **watch._asdict(),
             action="warn" if protected else "rollback",
             seed=seed,
         )
-        data = batches(material.train, config.batch_size, config.steps, seed, material.pad, device)
-        for step, batch in enumerate(data, start=1):
+        for step, batch in enumerate(bench.task_batches(seed, device), start=1):
             rival.step(StepLoss(model, batch))
             if step == config.steps:
                 rival.finish()
