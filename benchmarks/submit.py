@@ -238,9 +238,7 @@ class _Trial:
 
 def _trial(name: str, steps: int) -> _Trial:
     from benchmarks.bench import Bench
-    from benchmarks.methods import Setup
-    from benchmarks.models import trainable, unaligned
-    from benchmarks.tasks import batches, single_batches
+    from benchmarks.models import trainable
     from benchmarks.training import StepLoss
 
     config = RunConfig.model_validate(
@@ -265,23 +263,8 @@ def _trial(name: str, steps: int) -> _Trial:
         with trainable(bench.model, config.lora, seed=0) as (model, params):
             before = bench.evaluator.losses(model)
             calls.count = 0
-            built = method_class(name)(
-                Setup(
-                    model=model,
-                    params=params,
-                    safety=single_batches(bench.material.safety, 0, device),
-                    harmless=single_batches(bench.material.harmless_refused, 0, device),
-                    learning_rate=config.learning_rate,
-                    seed=0,
-                    unaligned=unaligned(config.model),
-                ),
-                method.options(),
-            )
-            rows, pad = bench.material.train, bench.material.pad
-            losses = [
-                StepLoss(model, batch)
-                for batch in batches(rows, config.batch_size, steps, 0, pad, device)
-            ]
+            built = method_class(name)(bench.setup(method, 0, model, params), method.options())
+            losses = [StepLoss(model, batch) for batch in bench.task_batches(0, device)]
             trial.losses = [built.step(loss) for loss in losses]
             built.finish()
             counted = sum(loss.forward for loss in losses) + built.cost.forward

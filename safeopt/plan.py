@@ -22,6 +22,8 @@ from torch import nn
 from safeopt.curvature.bases.compressed import SMALL
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.config import SafetyConfig
+from safeopt.optim.examples import held_beside
+from safeopt.probe import OPENING
 
 logger = logging.getLogger("safeopt")
 
@@ -36,8 +38,8 @@ class Assumptions:
 
     Args:
         tokens_per_step: tokens of one training step, over all devices.
-        tokens_per_example: tokens of a safety prompt with its refusal.
-        response_tokens: those of them that are the refusal.
+        tokens_per_example: tokens of a safety prompt with its refusal's opening.
+        response_tokens: those of them that are the opening.
         examples: safety and held examples of one refresh.
         window: examples that span the subspace.
         interval: steps between two refreshes once the first ones are over.
@@ -46,8 +48,8 @@ class Assumptions:
 
     tokens_per_step: int = 16384
     tokens_per_example: int = 64
-    response_tokens: int = 16
-    examples: int = SafetyConfig.examples + (SafetyConfig.examples + 1) // 2
+    response_tokens: int = OPENING
+    examples: int = SafetyConfig.examples + held_beside(SafetyConfig.examples)
     window: int = SafetyConfig.window
     interval: int = RefreshPolicy.every
     side_rank: int = 128

@@ -53,7 +53,7 @@ class SafetyProbe:
             removed; examples are batched anew, by length, when they are used.
         held: batches of harmless prompts, each with a refusal as its response. Restoring alignment
             keeps the refusal as unlikely there as it was, or rare, so that they are not refused.
-            Only with ``loss="nll"``.
+            The optimizers use 32 of them at most. Only with ``loss="nll"``.
         loss: ``"nll"`` (refusal negative log-likelihood), ``"kl"`` (KL to the model as it is at the
             first use of the probe) or any function ``(model, batch) -> losses (m,)``.
         opening: use only so many tokens of each response, at least 1; None for all of it. What a
@@ -86,6 +86,7 @@ class SafetyProbe:
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={micro_batch_size}: at least one example a pass")
         self.model, self._group = undivided(model)
+        self.opening = opening
         self.micro_batch_size = micro_batch_size
         self.passes = PassCounter()
         self.loss = named_loss(loss)

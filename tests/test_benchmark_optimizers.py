@@ -64,6 +64,7 @@ def test_steps_and_costs(name):
             assert not equal(task.at[1], outside)
     assert not equal(model.parameters(), before)
     assert rival.probe.held_count == 5
+    assert rival.probe.opening == 4
     measured = rival.cost
     assert (measured.forward, measured.backward) == (
         rival.probe.passes.forward,

@@ -30,6 +30,7 @@ def test_every_optimizer_of_the_table_trains_and_resumes(name, files, tmp_path):
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "whole" / "run.json").read_text())
     assert report["config"]["optimizer"] == name
+    assert report["opening"] == 4
     assert {m["step"] for m in report["measurements"]} >= {0, 4, 8}
     losses = [entry["loss"] for entry in report["log"] if "loss" in entry]
     assert losses[-1] < losses[0]

@@ -9,6 +9,7 @@ from tiny_models import safety_batch, task_step, tiny_llama, trainable
 from torch import nn
 
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyConfig, SafetyProbe, safeguard
+from safeopt.curvature.window import Window, log_odds
 
 names = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -76,20 +77,83 @@ def test_held_examples_cost_a_share(name):
     assert len(window) == 2 + 4 + 2 + 3
 
 
-@names
-def test_held_examples_are_held_where_the_aligned_model_had_them(name):
+def test_held_examples_are_held_where_the_aligned_model_had_them():
     """Also those whose turn comes after the model has moved."""
-    model, optimizer = build(name, held=True, lr=3e-2, refresh=RefreshPolicy.fixed(2), examples=2)
-    probe = probe_of(model, held=True)
-    aligned = probe.values(range(len(probe), len(probe) + probe.held_count)).double()
+    model = tiny_llama()
+    harmless = safety_batch(responses=(1,) * 5, seed=2)
+    probe = SafetyProbe(model, [safety_batch(), safety_batch(seed=1)], held=[harmless])
+    optimizer = ProjectedAdamW(
+        model.parameters(), lr=3e-2, probe=probe, refresh=RefreshPolicy.fixed(2), examples=2
+    )
+    rota = optimizer.safety.rota
+    aligned = probe.values(rota.held).double()
+    rarely = math.log(100)
+    assert aligned.min() < rarely < aligned.max(), "both limits occur"
     run(model, optimizer, 4)
-    window, rota = optimizer.safety.subspace.window, optimizer.safety.rota
-    tokens = probe.response_tokens(rota.held)
-    expected = torch.minimum(aligned[[i - len(probe) for i in rota.held]], math.log(100) / tokens)
-    assert torch.allclose(rota.held_targets, expected, rtol=1e-5)
-    turns = [position % probe.held_count for position in range(rota.held_drawn)]
+    assert torch.allclose(rota.held_targets, aligned.clamp(max=rarely), rtol=1e-5)
+    turns = [position % 5 for position in range(rota.held_drawn)]
+    window = optimizer.safety.subspace.window
+    assert len(turns) == 6
     assert torch.equal(window.targets[~window.safety].cpu(), rota.held_targets[turns])
-    assert not torch.allclose(window.losses[~window.safety].cpu(), aligned[turns], rtol=1e-2)
+    latest = turns[-2:]
+    assert not torch.allclose(window.losses[-2:].cpu(), aligned[latest], rtol=0.1), "it has moved"
+
+
+def test_so_many_held_examples_take_turns(monkeypatch):
+    monkeypatch.setattr("safeopt.optim.geometry._MOST_HELD", 3)
+    model, optimizer = build("ProjectedAdamW", held=True, refresh=RefreshPolicy.fixed(2))
+    seen = record_passes(model)
+    run(model, optimizer, 4)
+    rota, probe = optimizer.safety.rota, optimizer.safety.probe
+    assert len(set(rota.held)) == len(rota.held_targets) == 3
+    assert rota.held_drawn == 6  # twice round
+    first = [len(probe._examples[index]["input_ids"]) for index in [*rota.trial, *rota.held]]
+    assert seen[0] == (sum(first), False), "the others are not even measured"
+
+
+def recorded_goals(monkeypatch):
+    """The goals of all restoring steps, in log-odds, beside the examples' own."""
+    goals = []
+
+    def record(window, goal, damping):
+        goals.append((window.log_odds.clone(), log_odds(goal, window.tokens)))
+        return torch.zeros(window.coefficients.shape[1], dtype=torch.float64)
+
+    monkeypatch.setattr(Window, "restoring_step", record)
+    return goals
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.05])
+def test_a_refresh_aims_beyond_by_what_is_missing_at_most_a_nat(budget, monkeypatch):
+    """But not for examples within their budget, and not in `restore`."""
+    goals = recorded_goals(monkeypatch)
+    model, optimizer = build("ProjectedAdamW", refresh=RefreshPolicy.fixed(2), budget=budget)
+    run(model, optimizer, 3)
+    optimizer.restore()
+    window = optimizer.safety.subspace.window
+    (before, scheduled), (later, last) = goals[0], goals[1]
+    tokens = window.tokens[: len(before)]
+    reference = torch.full_like(before, optimizer.safety._reference_odds)
+    limits = torch.nn.functional.softplus(-reference) / tokens + budget
+    wanted = -torch.log(torch.expm1(limits * tokens))
+    missing = wanted - before
+    assert missing.max() > 1 > missing.min(), "both cases occur"
+    assert torch.allclose(scheduled - wanted, missing.clamp(0, 1), atol=1e-9)
+    assert torch.allclose(last[: len(before)], wanted, atol=1e-9)
+    assert len(later) > len(before)
+
+
+def test_a_kl_probe_aims_at_its_goal(monkeypatch):
+    goals = recorded_goals(monkeypatch)
+    model = tiny_llama()
+    probe = SafetyProbe(model, [safety_batch(), safety_batch(seed=1)], "kl")
+    optimizer = ProjectedAdamW(
+        model.parameters(), probe=probe, refresh=RefreshPolicy.fixed(2), budget=0.01
+    )
+    run(model, optimizer, 2)
+    (_, scheduled), tokens = goals[0], optimizer.safety.subspace.window.tokens
+    expected = log_odds(torch.full_like(tokens, 0.01), tokens)
+    assert torch.allclose(scheduled, expected, atol=1e-3)
 
 
 def test_a_look_may_be_larger_than_the_window():

@@ -10,7 +10,7 @@ import torch
 from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, probe_of, run
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 
-from safeopt import RefreshPolicy, SafetyProbe, SafetySAM
+from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
 from safeopt.curvature.bases import BASES
 
 names = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -295,6 +295,35 @@ def test_state_of_a_probe_with_other_held_examples_is_refused():
         _, other = build("ProjectedAdamW", held=given)
         with pytest.raises(ValueError, match="held examples, the probe now has"):
             other.load_state_dict(optimizer.state_dict())
+
+
+def test_state_of_another_selection_of_held_examples_is_refused(monkeypatch):
+    """Also where as many of them take turns."""
+    monkeypatch.setattr("safeopt.optim.geometry._MOST_HELD", 3)
+
+    def start(held):
+        model = tiny_llama()
+        batches = [safety_batch(seed=seed) for seed in range(held)]
+        probe = SafetyProbe(model, [safety_batch(seed=9)], held=batches)
+        return model, ProjectedAdamW(model.parameters(), probe=probe)
+
+    model, optimizer = start(1)
+    run(model, optimizer, 1)
+    start(1)[1].load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="saved with 5 held examples, the probe now has 10"):
+        start(2)[1].load_state_dict(optimizer.state_dict())
+
+
+def test_state_of_other_openings_is_refused():
+    def start(opening):
+        model = tiny_llama()
+        return model, ProjectedAdamW(model.parameters(), probe=probe_of(model, opening=opening))
+
+    model, optimizer = start(2)
+    run(model, optimizer, 1)
+    start(2)[1].load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="saved with opening=2, the probe now has opening=None"):
+        start(None)[1].load_state_dict(optimizer.state_dict())
 
 
 def test_the_reference_of_a_kl_probe_travels_with_the_state():

@@ -18,7 +18,7 @@ def schedule(policy, steps):
 
 
 def test_default_schedule():
-    expected = [2, 4, 6, 9, 14, 21, 32, 48, 72, 108, 162, 243, 365, 548, 748, 948]
+    expected = [2, 4, 7, 13, 23, 41, 72, 126, 221, 387, 587, 787, 987]
     assert schedule(RefreshPolicy(), 1000) == expected
 
 

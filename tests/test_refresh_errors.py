@@ -9,6 +9,7 @@ from optimizer_table import build, copies, equal, names, run
 from tiny_models import task_step, trainable
 
 from safeopt import RefreshPolicy, SafetyProbe
+from safeopt.curvature.subspace import SafetySubspace
 
 EVERY = RefreshPolicy.fixed(2)
 # Restoring is always needed and never near the next look, so that a refresh has all its parts.
@@ -106,6 +107,29 @@ def test_a_refresh_that_fails_anywhere_leaves_the_step_alone(name, monkeypatch):
             with pytest.raises(type(error)):
                 run(model, optimizer, 1, start=1)
         assert same(picture(model, optimizer), expected)
+
+
+@names
+def test_a_refresh_that_fails_after_a_step_without_a_search_leaves_the_step_alone(
+    name, monkeypatch
+):
+    """As all early refreshes are: the parameters have moved, and nothing has looked at them."""
+    monkeypatch.undo()
+    expected = without_its_refresh(name)
+    model, optimizer = build(name, **OPTIONS)
+    run(model, optimizer, 1)
+    before, moved = copies(model.parameters()), []
+
+    def failing(subspace, params, *arguments):
+        moved.append(not equal(params, before))
+        raise Failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetySubspace, "rebase", failing)
+        with pytest.raises(Failure):
+            run(model, optimizer, 1, start=1)
+    assert moved == [True]
+    assert same(picture(model, optimizer), expected)
 
 
 @names

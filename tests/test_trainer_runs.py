@@ -96,6 +96,7 @@ def test_protect_reads_files_and_keeps_trainers_optimizer(files):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0]
     assert len(safety_of(optimizer).probe) == len(HARMFUL)
     assert safety_of(optimizer).probe.held_count == len(HARMLESS)
+    assert safety_of(optimizer).probe.opening == 4
     assert callback.last.step == 4
     assert "alignment_loss" in trainer.state.log_history[0]
     assert optimizer.param_groups[0]["lr"] < 1e-2, "the scheduler acts on the same optimizer"

@@ -34,7 +34,7 @@ class RefreshPolicy:
     """
 
     first: int = 2
-    growth: float = 1.5
+    growth: float = 1.75
     every: int = 200
     drift: float | None = 0.1
 

@@ -81,9 +81,9 @@ class Window:
         turned = before / _slopes(losses, self.tokens)
         return Window(self.coefficients * turned.unsqueeze(1), losses, self.tokens, self.targets)
 
-    def losses_at(self, odds: Tensor) -> Tensor:
-        """The mean token loss of each example if its log-odds were ``odds``; both ``(w,)``."""
-        return _losses(odds, self.tokens)
+    def losses_at(self, odds: float | Tensor) -> Tensor:
+        """The mean token loss of each example, shape ``(w,)``, if its log-odds were ``odds``."""
+        return _losses(odds + torch.zeros_like(self.losses), self.tokens)
 
     def restoring_step(self, goal: float | Tensor, damping: float) -> Tensor:
         """The smallest step that brings every example back; shape ``(k,)``, zero if none is lost.

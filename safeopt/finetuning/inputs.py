@@ -17,7 +17,7 @@ from safeopt.files import plain
 from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import as_batches, check_likely, with_refusals
+from safeopt.safety_examples import alignment_loss, as_batches, check_likely, with_refusals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Inputs:
         rows: encoded training examples.
         probe: the safety examples.
         refused: how many of the safety prompts are used, and how many there were.
-        alignment_loss: of the aligned model, before training.
+        alignment_loss: of the aligned model on the probe's examples, before training.
     """
 
     model: Any
@@ -126,13 +126,16 @@ def load_inputs(
     if not config.full:
         model = get_peft_model(model, _lora(model, config))
     model.train()
+    batches = as_batches(tokenizer, refusals)
+    loss = check_likely(SafetyProbe(model, batches), str(config.safety))
     probe = SafetyProbe(
         model,
-        as_batches(tokenizer, refusals),
+        batches,
         held=as_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
         opening=opening,
     )
-    loss = check_likely(probe, str(config.safety))
+    if opening is not None:
+        loss = alignment_loss(probe)
     return Inputs(model, tokenizer, rows, probe, (len(refusals), len(safety)), loss)
 
 

@@ -61,6 +61,7 @@ def run_report(prepared: Prepared, trainer: Any, finished: bool, seconds: float)
         "log": trainer.state.log_history,
         "alignment_loss": {"start": prepared.inputs.alignment_loss, "end": None},
         "measurements": [],
+        "opening": prepared.inputs.probe.opening,
         "passes": prepared.inputs.probe.passes.as_dict(),
         "seconds": seconds,
         "versions": {

@@ -56,8 +56,9 @@ def protect(
             optimizer that it was given, or would create from its arguments, is protected. Layers
             of a 4-bit base are kept trainable, see `safeopt.integrations.bitsandbytes`.
         safety: JSON lines with harmful prompts (where a line has no response, the model's own
-            refusal is taken), or a probe whose model is the trainer's; where the model would not
-            say a probe's refusals, a warning is logged.
+            refusal is taken; of each refusal the first four tokens are protected), or a probe whose
+            model is the trainer's; where the model would not say a probe's refusals, a warning is
+            logged.
         harmless: JSON lines with prompts that must not become refused; with a file only.
         loss: see `SafetyProbe`; with a file only. The reference of ``"kl"`` is the model as it is
             now or, with adapters, what `safeopt.integrations.peft` chooses.
@@ -98,7 +99,12 @@ def protect(
                 "fsdp_config, or give a SafetyProbe"
             )
         probe = read_probe(
-            trainer.model, trainer.processing_class, safety, harmless, loss, opening=OPENING
+            trainer.model,
+            trainer.processing_class,
+            safety,
+            harmless,
+            loss,
+            opening=OPENING if loss == "nll" else None,
         )
     elif harmless is not None or loss != "nll":
         raise ValueError("harmless, loss: a probe was given, which has its own; leave them out")
@@ -258,10 +264,9 @@ def read_probe(
             "processing_class=tokenizer, or give a SafetyProbe"
         )
     batches, held = read_safety_batches(model, tokenizer, safety, harmless)
-    probe = _probe(model, batches, held, "nll", opening)
     if aligned:
-        check_likely(probe, str(safety))
-    return probe if loss == "nll" else _probe(model, batches, held, loss, opening)
+        check_likely(_probe(model, batches, held, "nll", None), str(safety))
+    return _probe(model, batches, held, loss, opening)
 
 
 def _probe(

@@ -28,8 +28,9 @@ class SafetyConfig:
             mean eigenvalue; the other modes only distinguish zero from positive.
         budget: accepted rise of a safety example's loss, in nats a token, at least 0, over that
             of the firmest refusal among the examples seen before fine-tuning. Examples above it are
-            brought back to it at a refresh; ``mode="budget"`` keeps the surrogate below it in
-            between.
+            brought back at a refresh, beyond it by as much as they miss, at most one nat of
+            log-odds, since they drift until the next one; `restore` brings them back to it.
+            ``mode="budget"`` keeps the surrogate below it in between.
         refresh: when to estimate anew.
         examples: new safety examples at one refresh, at most, at least 1; three held ones join four
             of them. The first look and refreshes in quick succession take fewer.

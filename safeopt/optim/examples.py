@@ -18,7 +18,7 @@ from safeopt.optim.measurement import finite
 from safeopt.probe import SafetyProbe
 
 # A held example may be brought up to this probability of the whole refusal, or to the one that it
-# had in the aligned model: what is refused that rarely needs no protection.
+# had at the start: what is refused that rarely needs no protection.
 _RARELY_REFUSED = 0.01
 
 

@@ -11,7 +11,8 @@ One step of the base optimizer, θ → θ', is followed by
 
 and, where `RefreshPolicy` says so, by a refresh: one forward and one backward pass on a few safety
 examples, which measures the alignment loss, renews the subspace and, where examples are lost,
-takes a damped Gauss-Newton step back inside the subspace (`safeopt.curvature.window`).
+takes a damped Gauss-Newton step back inside the subspace (`safeopt.curvature.window`), a little
+beyond the goal, since they drift until the next refresh.
 """
 
 from __future__ import annotations
@@ -318,8 +319,8 @@ class SafetyGeometry:
         Args:
             params: the protected parameters.
             before_move: called before they are moved.
-            search: whether this is the last look for now: nothing drifts afterwards, and the step's
-                length is searched.
+            search: whether this is `restore`'s look: the step's length is searched, and it does not
+                aim beyond the goal, for what comes next is a checkpoint.
             trial: the trial examples' loss, where it was just measured.
             count: number of safety examples; by default, what is due after so many steps.
 
@@ -334,8 +335,10 @@ class SafetyGeometry:
         assert self.subspace is not None
         window = self.subspace.window
         ahead = 0.0 if search or self.probe.loss is not refusal_nll else _FIRMER
-        missing = (self._reference_odds - window.log_odds).clamp(0, ahead)
-        goal = window.losses_at(self._reference_odds + missing) + self.config.budget
+        limits = window.losses_at(self._reference_odds) + self.config.budget
+        wanted = log_odds(limits, window.tokens)
+        missing = (wanted - window.log_odds).clamp(0, ahead)
+        goal = window.losses_at(wanted + missing)
         step = window.restoring_step(goal, self.config.newton_damping)
         if not step.any():
             return trial

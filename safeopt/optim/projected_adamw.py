@@ -74,8 +74,9 @@ class ProjectedAdamW(torch.optim.AdamW):
         FloatingPointError: in ``step``, if a gradient is not finite, before anything has changed.
 
     Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
-    ``examples`` short prompts (and three held ones for four of them, if there are). Memory: k
-    float32 numbers for each protected parameter.
+    ``examples`` short prompts (and three held ones for four of them, if there are); the first step
+    also a forward pass on the trial examples and at most 32 held ones. Memory: k float32 numbers
+    for each protected parameter.
 
     Source: the safety subspace and its curvature coupling are those of Springer et al. 2026
     (arXiv 2602.15799); AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101).

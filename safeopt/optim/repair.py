@@ -38,7 +38,7 @@ from safeopt.curvature.window import Window
 from safeopt.losses import Batch
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import gradient_rows
-from safeopt.optim.examples import ExampleRota
+from safeopt.optim.examples import ExampleRota, held_beside
 from safeopt.optim.line_search import backtrack
 from safeopt.optim.measurement import finite
 from safeopt.passes import PassCounter
@@ -153,9 +153,10 @@ def repair(
         FloatingPointError: if a loss is not finite. The parameters are as before then, as after any
             exception.
 
-    Cost: a refresh takes one forward and one backward pass over its examples and up to three
-    forward passes over the trial examples. Memory: one number a parameter for each of a refresh's
-    examples (factors of the gradients where ``basis`` keeps these), and a copy of the parameters.
+    Cost: one forward pass over the trial examples and the held ones that can take a turn; a refresh
+    takes one forward and one backward pass over its examples and up to three forward passes over
+    the trial examples. Memory: one number a parameter for each of a refresh's examples (factors of
+    the gradients where ``basis`` keeps these), and a copy of the parameters.
     """
     SafetyConfig(budget=budget, newton_damping=newton_damping, basis=basis, seed=seed)  # type: ignore[arg-type]
     for name, number in (
@@ -187,7 +188,7 @@ def repair(
         _Task(model, task, task_examples, max(1, probe.micro_batch_size // 4), seed)
         if task  # task examples are longer than refusals: fewer of them in a pass
         else None,
-        ExampleRota(probe, trial_examples, seed),
+        ExampleRota(probe, trial_examples, seed, refreshes * held_beside(examples)),
         limit=finite(reference) + budget,
         examples=examples,
         damping=newton_damping,

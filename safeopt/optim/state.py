@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 4
 _WHERE = 'state_dict["safety"]'
-_COUNTS = ("step_count", "last_refresh", "drawn", "held_drawn", "checked")
+_COUNTS = ("step_count", "last_refresh", "held_count", "drawn", "held_drawn", "checked")
+_OTHERS = ("opening", "history", "passes", "kl_reference", "subspace")
 _NUMBERS = ("reference", "reference_odds", "trial_reference", "coupling")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
 _SHAPES = {
@@ -51,6 +52,8 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
     state: dict[str, Any] = {
         "version": VERSION,
         **geometry.counters(),
+        "held_count": geometry.probe.held_count,
+        "opening": geometry.probe.opening,
         "passes": geometry.passes.as_dict(),
         "history": [list(asdict(entry).values()) for entry in geometry.history],
         "kl_reference": geometry.probe.reference(),
@@ -87,7 +90,7 @@ def check_state(
     if not (isinstance(version, int) and version == VERSION):
         found = version if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"{_WHERE}: version {found}; this safeopt reads {VERSION}")
-    missing = {*_COUNTS, *_NUMBERS, "history", "passes", "kl_reference", "subspace"} - set(state)
+    missing = {*_COUNTS, *_NUMBERS, *_OTHERS} - set(state)
     if missing:
         raise ValueError(f"{_WHERE}: {', '.join(sorted(missing))} is missing")
     for name in _COUNTS:
@@ -109,11 +112,22 @@ def check_state(
         except ValueError as error:
             raise ValueError(f'{_WHERE}["kl_reference"]: {error}') from error
         _check_subspace(state["subspace"], params)
-        saved, held = len(state["subspace"]["held_targets"]), len(geometry.rota.held)
-        if saved != held:
+        probe = geometry.probe
+        if state["held_count"] != probe.held_count:
             raise ValueError(
-                f"{_WHERE}: it was saved with {saved} held examples, the probe now has {held}; "
-                "build the probe with the examples of the saved run"
+                f"{_WHERE}: it was saved with {state['held_count']} held examples, the probe now "
+                f"has {probe.held_count}; build the probe with the examples of the saved run"
+            )
+        if state["opening"] != probe.opening:
+            raise ValueError(
+                f"{_WHERE}: it was saved with opening={state['opening']}, the probe now has "
+                f"opening={probe.opening}; build the probe as in the saved run"
+            )
+        if len(state["subspace"]["held_targets"]) != len(geometry.rota.held):
+            raise ValueError(
+                f'{_WHERE}["subspace"]["held_targets"]: '
+                f"{len(state['subspace']['held_targets'])} targets, expected "
+                f"{len(geometry.rota.held)}"
             )
 
 

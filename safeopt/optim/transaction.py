@@ -41,8 +41,7 @@ def whole_or_not_at_all(
         yield before_move
     except BaseException:
         with torch.no_grad():
-            # Of parameters that have not been moved there is no copy.
-            for p, value in zip(params, kept, strict=False):
+            for p, value in zip(params if kept else (), kept, strict=True):
                 p.copy_(value)
         vars(geometry).update(own)
         geometry.history[:] = history
