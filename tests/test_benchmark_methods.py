@@ -16,6 +16,7 @@ from benchmarks.training import StepLoss
 from safeopt.curvature.operators import FisherOperator, HessianOperator
 from safeopt.losses import ReferenceKL, refusal_nll
 
+PROTECTED = {"projected_adamw", "safety_sam", "preconditioned_sgd", "safeguard"}
 LR = 1e-2
 SAFETY = safety_batch(seed=1)
 TASK = [safety_batch(seed=seed) for seed in range(100, 112)]
@@ -84,7 +85,9 @@ def test_every_method_learns_the_task_and_counts_its_passes(name: str, lora: boo
     with torch.no_grad():
         start = float(StepLoss(given.model, batch)())
     calls = 0
-    method = build(name, given)
+    # Restoring at every other step would undo what so few steps on a random model learn.
+    rarely = {"refresh": {"first": 4}} if name in PROTECTED else {}
+    method = build(name, given, **rarely)
     losses = []
     for _ in range(6):
         losses.append(StepLoss(given.model, batch))

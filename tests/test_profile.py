@@ -104,7 +104,9 @@ def test_the_card_has_one_section_however_often_it_is_written(tmp_path):
     assert fresh.count("## Safety curvature") == 1
 
 
-def test_a_run_is_profiled_from_its_folder(files, tmp_path):
+def test_a_run_is_profiled_from_its_folder(files, tmp_path, monkeypatch):
+    # A profile is of whole refusals: so is the run's loss, for comparison.
+    monkeypatch.setattr("safeopt.finetuning.prepare.OPENING", None)
     out = tmp_path / "run"
     CliRunner().invoke(app, arguments(files, out), catch_exceptions=False)
     done = CliRunner().invoke(app, ["profile", "--run", str(out)], catch_exceptions=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import SafetyGeometry
@@ -60,7 +61,12 @@ class Observation:
         self._own = geometry is None or not geometry.active
         if geometry is None or self._own:
             config = SafetyConfig(
-                mode="none", restore_alignment=False, trial_examples=examples, seed=seed
+                mode="none",
+                restore_alignment=False,
+                trial_examples=examples,
+                # Nothing is restored: fewer looks do than a protected run needs.
+                refresh=RefreshPolicy(first=4, growth=2.0),
+                seed=seed,
             )
             geometry = SafetyGeometry(probe, config)
         self.geometry = geometry
