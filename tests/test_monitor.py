@@ -15,7 +15,7 @@ from test_restore import HARMFUL, HARMLESS, NEW_ANSWER, REFUSAL, aligned, chats,
 from tiny_models import safety_batch, task_step, tiny_llama, trainable, with_lora
 from torch.optim import lr_scheduler
 
-from safeopt import PreconditionedSGD, ProjectedAdamW, SafetyProbe, SafetySAM
+from safeopt import PreconditionedSGD, ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
 from safeopt.diagnostics.monitor import SafetyMonitor
 from safeopt.diagnostics.observation import Observation, outside
 from safeopt.diagnostics.snapshot import Snapshot, lower_learning_rate
@@ -119,7 +119,8 @@ def test_passes_are_as_stated():
     """A measurement is one forward pass on the same examples; every step has none."""
     model = with_lora(tiny_llama())
     probe = probe_of(model)
-    optimizer = ProjectedAdamW(trainable(model), lr=1e-3, probe=probe_of(model))
+    policy = RefreshPolicy.geometric(first=4)
+    optimizer = ProjectedAdamW(trainable(model), lr=1e-3, probe=probe_of(model), refresh=policy)
     monitor = SafetyMonitor(optimizer, probe, every=5, examples=4, budget=10)
     for step in range(1, 13):
         task_step(model, step)
