@@ -16,7 +16,7 @@ from benchmarks.training import StepLoss
 from safeopt.curvature.operators import FisherOperator, HessianOperator
 from safeopt.losses import ReferenceKL, refusal_nll
 
-PROTECTED = {"projected_adamw", "safety_sam", "preconditioned_sgd", "safeguard"}
+PROTECTED = ("projected_adamw", "safety_sam", "preconditioned_sgd", "safeguard")
 LR = 1e-2
 SAFETY = safety_batch(seed=1)
 TASK = [safety_batch(seed=seed) for seed in range(100, 112)]
@@ -68,9 +68,8 @@ def grad_of(method) -> torch.Tensor:
 # --- all of them ---
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_learns_the_task_and_counts_its_passes(name: str, lora: bool, monkeypatch):
+def trained_and_counted(name: str, lora: bool, **options):
+    """A method after six steps on one batch, the model, and the batch's loss before them."""
     given = setup(lora=lora)
     before = {n: t.clone() + 0.1 for n, t in tiny_llama(hidden=8, layers=1).state_dict().items()}
     given = Setup(**{**vars(given), "unaligned": lambda: before})
@@ -85,8 +84,6 @@ def test_every_method_learns_the_task_and_counts_its_passes(name: str, lora: boo
     with torch.no_grad():
         start = float(StepLoss(given.model, batch)())
     calls = 0
-    # A random model has no refusals: restoring them would undo what so few steps learn.
-    options = {"budget": 10.0} if name in PROTECTED else {}
     method = build(name, given, **options)
     losses = []
     for _ in range(6):
@@ -98,8 +95,28 @@ def test_every_method_learns_the_task_and_counts_its_passes(name: str, lora: boo
     assert task_passes + method.cost.forward == calls
     assert method.cost.backward_tokens >= method.cost.backward
     assert method.cost.forward == 0 or method.cost.seconds > 0
+    return method, given.model, start
+
+
+both = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+
+
+@both
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_the_task_and_counts_its_passes(name: str, lora: bool):
+    # A random model has no refusals: restoring them would undo what so few steps learn.
+    options = {"budget": 10.0} if name in PROTECTED else {}
+    method, model, start = trained_and_counted(name, lora, **options)
     with method.evaluating(), torch.no_grad():
-        assert float(StepLoss(given.model, batch)()) < start
+        assert float(StepLoss(model, TASK[0])()) < start
+
+
+@both
+@pytest.mark.parametrize("name", PROTECTED)
+def test_the_passes_of_restoring_are_counted(name: str, lora: bool):
+    method, _, _ = trained_and_counted(name, lora)
+    quiet, _, _ = trained_and_counted(name, lora, budget=10.0)
+    assert method.cost.forward > quiet.cost.forward
 
 
 @pytest.mark.parametrize("name", METHODS)

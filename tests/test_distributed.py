@@ -26,9 +26,11 @@ CASES = {
         ("fsdp", "safeguard(SGD)", FLOAT32),
         ("fsdp", "ProjectedAdamW", {"curvature": "random"}),
     ],
+    # The longer the window, the more of its few examples stand in it twice: of nearly equal rows
+    # rounding decides which direction is kept.
     3: [
-        ("ddp", "ProjectedAdamW", {"lora": True}),
-        ("fsdp", "ProjectedAdamW", {"lora": True}),
+        ("ddp", "ProjectedAdamW", {"lora": True, "window": 14}),
+        ("fsdp", "ProjectedAdamW", {"lora": True, "window": 14}),
         ("fsdp", "PreconditionedSGD", {}),
         ("fsdp", "SafetySAM", {"mode": "lookahead"}),
     ],
@@ -106,7 +108,7 @@ def assert_same_run(found, expected, tolerance):
 @pytest.mark.parametrize(("ranks", "case"), [(n, case) for n in CASES for case in CASES[n]])
 def test_any_layout_trains_what_one_process_trains(results, ranks, case):
     found, (expected,) = results(ranks)[str(case)], results(0)[str(case[1:])]
-    assert_same_run(found, expected, 1e-5 if case[2] == FLOAT32 else 2e-6)
+    assert_same_run(found, expected, 1e-5 if case[2] == FLOAT32 else 1e-6)
     parts = [mine["bytes"] for mine in found]
     if case[0] == "ddp":
         assert parts == [expected["bytes"]] * ranks

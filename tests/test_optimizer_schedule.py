@@ -9,7 +9,7 @@ from tiny_models import safety_batch, task_step, tiny_llama, trainable
 from torch import nn
 
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyConfig, SafetyProbe, safeguard
-from safeopt.curvature.window import Window, log_odds
+from safeopt.curvature.window import log_odds
 
 names = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -111,49 +111,51 @@ def test_so_many_held_examples_take_turns(monkeypatch):
     assert seen[0] == (sum(first), False), "the others are not even measured"
 
 
-def recorded_goals(monkeypatch):
-    """The goals of all restoring steps, in log-odds, beside the examples' own."""
-    goals = []
+def recorded_ways(monkeypatch):
+    """How far each example is to be brought in all restoring steps, in nats of log-odds."""
+    ways = []
 
-    def record(window, goal, damping):
-        goals.append((window.log_odds.clone(), log_odds(goal, window.tokens)))
-        return torch.zeros(window.coefficients.shape[1], dtype=torch.float64)
+    def record(matrix, way):
+        ways.append(way.clone())
+        return torch.zeros_like(way)
 
-    monkeypatch.setattr(Window, "restoring_step", record)
-    return goals
+    monkeypatch.setattr("safeopt.curvature.window.nonnegative_minimum", record)
+    return ways
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.05])
 def test_a_refresh_aims_beyond_by_what_is_missing_at_most_a_nat(budget, monkeypatch):
     """But not for examples within their budget, and not in `restore`."""
-    goals = recorded_goals(monkeypatch)
+    ways = recorded_ways(monkeypatch)
     model, optimizer = build("ProjectedAdamW", refresh=RefreshPolicy.fixed(2), budget=budget)
-    run(model, optimizer, 3)
+
+    def missing():
+        window = optimizer.safety.subspace.window
+        reference = torch.full_like(window.losses, optimizer.safety._reference_odds)
+        limits = torch.nn.functional.softplus(-reference) / window.tokens + budget
+        return -torch.log(torch.expm1(limits * window.tokens)) - window.log_odds
+
+    run(model, optimizer, 2)
+    before = missing()
+    assert before.max() > 1 > before.min(), "both cases occur"
+    assert torch.allclose(ways[0], before + before.clamp(0, 1), atol=1e-9)
+    run(model, optimizer, 1, start=2)
     optimizer.restore()
-    window = optimizer.safety.subspace.window
-    (before, scheduled), (later, last) = goals[0], goals[1]
-    tokens = window.tokens[: len(before)]
-    reference = torch.full_like(before, optimizer.safety._reference_odds)
-    limits = torch.nn.functional.softplus(-reference) / tokens + budget
-    wanted = -torch.log(torch.expm1(limits * tokens))
-    missing = wanted - before
-    assert missing.max() > 1 > missing.min(), "both cases occur"
-    assert torch.allclose(scheduled - wanted, missing.clamp(0, 1), atol=1e-9)
-    assert torch.allclose(last[: len(before)], wanted, atol=1e-9)
-    assert len(later) > len(before)
+    assert len(ways[1]) > len(ways[0])
+    assert torch.allclose(ways[1], missing()[: len(ways[1])], atol=1e-9)
 
 
 def test_a_kl_probe_aims_at_its_goal(monkeypatch):
-    goals = recorded_goals(monkeypatch)
+    ways = recorded_ways(monkeypatch)
     model = tiny_llama()
     probe = SafetyProbe(model, [safety_batch(), safety_batch(seed=1)], "kl")
     optimizer = ProjectedAdamW(
         model.parameters(), probe=probe, refresh=RefreshPolicy.fixed(2), budget=0.01
     )
     run(model, optimizer, 2)
-    (_, scheduled), tokens = goals[0], optimizer.safety.subspace.window.tokens
-    expected = log_odds(torch.full_like(tokens, 0.01), tokens)
-    assert torch.allclose(scheduled, expected, atol=1e-3)
+    window = optimizer.safety.subspace.window
+    expected = log_odds(torch.full_like(window.losses, 0.01), window.tokens) - window.log_odds
+    assert torch.allclose(ways[0], expected, atol=1e-3)
 
 
 def test_a_look_may_be_larger_than_the_window():

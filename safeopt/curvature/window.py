@@ -81,11 +81,11 @@ class Window:
         turned = before / _slopes(losses, self.tokens)
         return Window(self.coefficients * turned.unsqueeze(1), losses, self.tokens, self.targets)
 
-    def losses_at(self, odds: float | Tensor) -> Tensor:
+    def losses_at(self, odds: float) -> Tensor:
         """The mean token loss of each example, shape ``(w,)``, if its log-odds were ``odds``."""
-        return _losses(odds + torch.zeros_like(self.losses), self.tokens)
+        return _losses(torch.full_like(self.losses, odds), self.tokens)
 
-    def restoring_step(self, goal: float | Tensor, damping: float) -> Tensor:
+    def restoring_step(self, goal: float | Tensor, damping: float, beyond: float = 0.0) -> Tensor:
         """The smallest step that brings every example back; shape ``(k,)``, zero if none is lost.
 
         Args:
@@ -93,11 +93,14 @@ class Window:
                 example, shape ``(w,)``.
             damping: δ > 0, relative to an example's own ‖Z_j‖²: an example is brought back to
                 about 1 − δ of the way where it alone asks for the step.
+            beyond: a lost safety example is brought beyond its goal by as much as it misses, up to
+                so many nats of log-odds.
         """
         sign = torch.where(self.safety, 1.0, -1.0).to(self.losses)
         goals = self.losses.new_tensor(goal) if isinstance(goal, float) else goal
         wanted = torch.where(self.safety, goals, self.targets)
         lost = sign * (log_odds(wanted, self.tokens) - self.log_odds)
+        lost = torch.where(self.safety, lost + lost.clamp(0, beyond), lost)
         rows = (sign * _slopes(self.losses, self.tokens)).unsqueeze(1) * self.coefficients
         products = rows @ rows.T
         diagonal = products.diagonal()

@@ -334,12 +334,9 @@ class SafetyGeometry:
             return trial
         assert self.subspace is not None
         window = self.subspace.window
-        ahead = 0.0 if search or self.probe.loss is not refusal_nll else _FIRMER
-        limits = window.losses_at(self._reference_odds) + self.config.budget
-        wanted = log_odds(limits, window.tokens)
-        missing = (wanted - window.log_odds).clamp(0, ahead)
-        goal = window.losses_at(wanted + missing)
-        step = window.restoring_step(goal, self.config.newton_damping)
+        goal = window.losses_at(self._reference_odds) + self.config.budget
+        beyond = 0.0 if search or self.probe.loss is not refusal_nll else _FIRMER
+        step = window.restoring_step(goal, self.config.newton_damping, beyond)
         if not step.any():
             return trial
         before_move()

@@ -106,13 +106,13 @@ def check_state(
         raise ValueError(f'{_WHERE}["passes"]: its entries are not those of PassCounter')
     if not all(_is_number(count) for count in passes.values()):
         raise ValueError(f'{_WHERE}["passes"]: expected finite numbers')
+    probe = geometry.probe
     if state["subspace"] is not None:
         try:
-            geometry.probe.check_reference(state["kl_reference"])
+            probe.check_reference(state["kl_reference"])
         except ValueError as error:
             raise ValueError(f'{_WHERE}["kl_reference"]: {error}') from error
         _check_subspace(state["subspace"], params)
-        probe = geometry.probe
         if state["held_count"] != probe.held_count:
             raise ValueError(
                 f"{_WHERE}: it was saved with {state['held_count']} held examples, the probe now "
