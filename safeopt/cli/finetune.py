@@ -104,7 +104,10 @@ def _finetune(config: FinetuneConfig) -> None:
     if not console.is_terminal:
         console.print()  # the last view in a log has no line end
     ends = outcome.report["alignment_loss"]
-    say(f"alignment loss {ends['start']:.3f} before, {ends['end']:.3f} after")
+    say(
+        f"alignment loss {ends['start']:.3f} before, {ends['end']:.3f} after, of the first "
+        f"{outcome.report['opening']} tokens of each refusal"
+    )
     if outcome.finished:
         say(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
         return
