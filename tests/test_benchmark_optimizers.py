@@ -15,6 +15,7 @@ OURS = {
     "safety_sam two_pass": {"mode": "two_pass", "ascent": "safety", "protection": "damp"},
     "preconditioned_sgd": {"momentum": 0.9, "tau": 1.0},
     "safeguard": {"base": "NAdam", "base_options": {"betas": [0.8, 0.99]}, "mode": "budget"},
+    "safeguard 8-bit": {"base": "AdamW8bit", "base_options": {"min_8bit_size": 64}},
 }
 SHARED = {"held": True, "rank": 4, "trial_examples": 2, "refresh": {"first": 2, "every": 2}}
 
@@ -116,7 +117,7 @@ def names_of_classes():
         ("safety_sam", {"base_optimizer": "SGD"}, "base_optimizer: no argument"),
         ("safety_sam", {"protection": "up"}, 'protection="up": expected one of'),
         ("preconditioned_sgd", {"rank": 0}, "rank=0"),
-        ("safeguard", {"base": "Nadam"}, "base='Nadam': torch.optim has no optimizer Nadam"),
+        ("safeguard", {"base": "Nadam"}, "base='Nadam': neither torch.optim nor"),
         ("safeguard", {"lr": 1.0}, "lr: no argument of safeguard"),
         ("safeguard", {"refresh": {"often": 1}}, "refresh"),
     ],

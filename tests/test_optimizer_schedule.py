@@ -161,10 +161,28 @@ def test_a_kl_probe_aims_at_its_goal(monkeypatch):
 def test_a_look_may_be_larger_than_the_window():
     """Held examples come on top of a window that only holds the safety examples."""
     model, optimizer = build(
-        "ProjectedAdamW", held=True, refresh=RefreshPolicy.fixed(8), examples=4, window=4
+        "ProjectedAdamW",
+        held=True,
+        refresh=RefreshPolicy.fixed(8),
+        examples=3,
+        window=3,
+        rank=32,
+        budget=math.inf,
     )
     run(model, optimizer, 8)
-    assert optimizer.safety.subspace.rank == optimizer.safety.config.largest_rank == 7
+    assert optimizer.safety.subspace.rank == 3 + 2
+    run(model, optimizer, 7, start=8)
+    optimizer.restore()
+    assert optimizer.safety.subspace.rank == optimizer.safety.config.largest_rank == 6 + 5
+
+
+@names
+def test_restore_looks_at_up_to_twice_as_many_examples(name):
+    """As many as steps since the last refresh, at least two."""
+    for steps, expected in ((1, 2), (4, 4), (7, 6)):
+        model, optimizer = build(name, refresh=NEVER, budget=math.inf, examples=3)
+        run(model, optimizer, steps)
+        assert optimizer.restore().examples == expected
 
 
 @names
@@ -202,7 +220,7 @@ def test_restore_ends_after_two_rounds(name, caplog):
     assert measured.restored_to < optimizer.safety.history[1].alignment_loss
     assert sum(backward for _, backward in seen) == 2
     # The second round is the last chance: it looks at as many examples as it may.
-    assert [entry.examples for entry in optimizer.safety.history] == [2, 2, 4]
+    assert [entry.examples for entry in optimizer.safety.history] == [2, 2, 6]
     assert len(seen) <= 1 + 4 + 1 * (1 + 3)  # each round: one look, up to three lengths
     assert optimizer.safety.passes.forward - before == len(seen)
     assert "restore: the trial examples' alignment loss is" in caplog.text

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.curvature.records import CurvatureResult, Details, EigenpairsRow, read
 from benchmarks.plots import COLORS, STYLE, save
+from safeopt.files import write_whole
 
 PAGE = "report.md"
 TITLES = {"hessian": "Hessian", "ggn": "Gauss-Newton"}
@@ -36,8 +37,7 @@ def report(folder: Path, console: Console) -> Path:
     for name, reason in details.skipped.items():
         console.print(f"not run: {name} ({reason})", soft_wrap=True)
     save(plots(result, details), folder)
-    page = folder / PAGE
-    page.write_text(_markdown(tables, details), encoding="utf-8")
+    page = write_whole(folder / PAGE, _markdown(tables, details))
     console.print(f"wrote {page}")
     return page
 

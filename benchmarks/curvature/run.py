@@ -37,6 +37,7 @@ from benchmarks.curvature.records import (
 from benchmarks.curvature.storage import over_adapters, over_all_parameters
 from benchmarks.environment import environment
 from benchmarks.records import FILE
+from safeopt.files import write_json
 
 PARTS = "parts"
 OPERATORS: tuple[Operator, ...] = ("hessian", "ggn")
@@ -189,7 +190,7 @@ def _claim(folder: Path, setting: Setting) -> None:
             f"{folder}: holds parts of another setting; remove it or choose another --out"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    write_json(path, now)
 
 
 def _read(path: Path) -> Part | None:

@@ -1,7 +1,9 @@
-"""Ours: `safeopt.safeguard` around an optimizer of torch, named in the config."""
+"""Ours: `safeopt.safeguard` around an optimizer of torch or bitsandbytes, named in the config."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +18,7 @@ class SafeguardOptions(ProtectedOptions):
     """Any field of `safeopt.SafetyConfig`.
 
     Attributes:
-        base: a class of ``torch.optim``.
+        base: a class of ``torch.optim``, else of ``bitsandbytes.optim``.
         base_options: its arguments, beside the learning rate.
     """
 
@@ -31,19 +33,34 @@ class SafeguardOptions(ProtectedOptions):
     @field_validator("base")
     @classmethod
     def _known(cls, name: str) -> str:
-        known = getattr(torch.optim, name, None)
-        if not (isinstance(known, type) and issubclass(known, torch.optim.Optimizer)):
-            raise ValueError(f"torch.optim has no optimizer {name}")
+        _base_class(name)
         return name
 
 
+def _base_class(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer of that name.
+
+    Raises:
+        ValueError: if neither package has it, or bitsandbytes is needed and not installed.
+    """
+    modules = [torch.optim]
+    if not hasattr(torch.optim, name):  # bitsandbytes takes seconds to import
+        with suppress(ImportError):
+            modules.append(import_module("bitsandbytes.optim"))
+    for module in modules:
+        found = getattr(module, name, None)
+        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+            return found
+    raise ValueError("neither torch.optim nor bitsandbytes.optim has this optimizer")
+
+
 class SafeguardMethod(ProtectedMethod):
-    """A torch optimizer, protected."""
+    """An optimizer, protected."""
 
     Options: ClassVar[type[ProtectedOptions]] = SafeguardOptions
 
     def __init__(self, setup: Setup, options: SafeguardOptions) -> None:
-        self._base = getattr(torch.optim, options.base), options.base_options
+        self._base = _base_class(options.base), options.base_options
         super().__init__(setup, options)
 
     def build_optimizer(self, setup: Setup, arguments: dict[str, Any]) -> Any:

@@ -33,7 +33,8 @@ class SafetyConfig:
             ``mode="budget"`` keeps the surrogate below it in between.
         refresh: when to estimate anew.
         examples: new safety examples at one refresh, at most, at least 1; three held ones join four
-            of them. The first look and refreshes in quick succession take fewer.
+            of them. The first look and refreshes in quick succession take fewer; `restore` takes up
+            to twice as many, for what it leaves is saved.
         window: the number of latest examples whose gradients span the subspace, at least
             ``examples``.
         newton_damping: δ of the restoring step, see `safeopt.curvature.window`; positive.
@@ -86,9 +87,14 @@ class SafetyConfig:
             raise TypeError(f"refresh={self.refresh!r}: expected a RefreshPolicy")
 
     @property
+    def most_examples(self) -> int:
+        """The largest number of new safety examples in one look: that of `restore`."""
+        return 2 * self.examples
+
+    @property
     def largest_rank(self) -> int:
-        """The largest number of directions that the window or one refresh's examples can span."""
-        look = self.examples + held_beside(self.examples)
+        """The largest number of directions that the window or one look's examples can span."""
+        look = self.most_examples + held_beside(self.most_examples)
         return min(self.rank, max(self.window, look))
 
 

@@ -51,7 +51,7 @@ _ROUNDS = 1
 # miss now, up to so many nats of log-odds.
 _FIRMER = 1.0
 # So many held examples take turns at most: all of them are measured at the start.
-_MOST_HELD = 32
+_MOST_HELD = 24
 # The least number of safety examples in a refresh.
 _FEWEST = 2
 
@@ -203,7 +203,7 @@ class SafetyGeometry:
             trial = finite(self.probe.value(self.rota.trial))
         for _ in range(_ROUNDS):
             if trial > limit:
-                count = self.config.examples
+                count = self.config.most_examples
                 trial = self._refresh(params, before_move, search=True, trial=trial, count=count)
                 assert trial is not None  # a search measures it, and without one it is as before
         if trial > limit:
@@ -329,7 +329,7 @@ class SafetyGeometry:
         """
         assert self._reference_odds is not None
         steps = self.step_count - self.last_refresh
-        drawn = self._estimate(params, self._count(steps) if count is None else count)
+        drawn = self._estimate(params, self._count(steps, search) if count is None else count)
         if not self._restores:
             return trial
         assert self.subspace is not None
@@ -352,9 +352,10 @@ class SafetyGeometry:
         self.history[-1] = replace(self.history[-1], restored_to=restored)
         return trial
 
-    def _count(self, steps: int) -> int:
-        """Number of safety examples for a refresh after so many steps."""
-        return min(max(steps, _FEWEST), self.config.examples)
+    def _count(self, steps: int, search: bool = False) -> int:
+        """Number of safety examples for a look after so many steps."""
+        config = self.config
+        return min(max(steps, _FEWEST), config.most_examples if search else config.examples)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> int:
         """Measure the alignment loss on new examples and renew the subspace at ``params``.

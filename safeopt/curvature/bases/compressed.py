@@ -184,6 +184,27 @@ class CompressedBasis:
                 f"rows={type(rows).__name__}: a compressed basis is made of factored gradients, "
                 "see safeopt.per_example.factored_gradients"
             )
+        basis = self._combined(left, right, rows)
+        products = basis.inner(basis)
+        basis.energy = self.energy * float(products.diagonal().mean()) if len(left) else 1.0
+        kept = _independent(products)
+        turn = torch.zeros(len(kept), len(left), dtype=torch.float64, device=products.device)
+        turn[:, kept] = whitening(products[kept][:, kept])
+        # In place: beside the old basis, a second set of the new one's cores would be much.
+        for index, block in enumerate(basis.blocks):
+            basis.blocks[index] = (
+                block.turned(turn) if isinstance(block, Tucker) else mixed(turn, block)
+            )
+        logger.info(
+            "compressed basis: %d directions, %.1f%% of their energy kept, %.1f MB",
+            basis.rank,
+            100 * basis.energy,
+            basis.nbytes / 1e6,
+        )
+        return basis, kept
+
+    def _combined(self, left: Tensor, right: Tensor, rows: FactoredRows) -> CompressedBasis:
+        """Directions left·U + right·G_new, compressed, as they are: not orthonormal any more."""
         blocks: list[Block] = []
         columns = []  # of both sides of each matrix: their energies, and the bytes each one costs
         for index, block in enumerate(self.blocks):
@@ -199,21 +220,7 @@ class CompressedBasis:
         ranks = _ranks(columns, kept_energy - (1 - self._loss) * len(left))
         for index, (r_b, r_a) in ranks.items():
             blocks[index] = blocks[index].trimmed(r_b, r_a)  # type: ignore[union-attr]
-        basis = CompressedBasis(blocks)
-        products = basis.inner(basis)
-        energy = self.energy * float(products.diagonal().mean()) if len(left) else 1.0
-        kept = _independent(products)
-        turn = torch.zeros(len(kept), len(left), dtype=torch.float64, device=products.device)
-        turn[:, kept] = whitening(products[kept][:, kept])
-        blocks = [b.turned(turn) if isinstance(b, Tucker) else mixed(turn, b) for b in basis.blocks]
-        result = CompressedBasis(blocks, energy)
-        logger.info(
-            "compressed basis: %d directions, %.1f%% of their energy kept, %.1f MB",
-            result.rank,
-            100 * energy,
-            result.nbytes / 1e6,
-        )
-        return result, kept
+        return CompressedBasis(blocks)
 
 
 def _ranks(columns: Sequence[tuple[int, Tensor, int]], loss: float) -> dict[int, tuple[int, int]]:
