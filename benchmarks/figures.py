@@ -222,4 +222,5 @@ def _ratio(value: float, whole: float) -> float | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if abs(share) < 0.1 else f"{100 * share:.0f}%"
+    # With a decimal, so that a figure that just misses its target does not read as the target.
+    return f"{100 * share:.1f}%"

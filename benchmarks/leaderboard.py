@@ -54,8 +54,9 @@ def markdown(found: Standings) -> str:
     )
     for row in found.rows:
         name = f"**{row.method}**" if row.ours else row.method
+        note = f" ({reached(row)})" if reached(row) else ""
         lines.append(
-            f"| {name} | {removed(row)} | {own(row)} | {row.alignment:.3f} | {row.task:.3f} "
+            f"| {name} | {removed(row)}{note} | {own(row)} | {row.alignment:.3f} | {row.task:.3f} "
             f"| {row.refusal:.0%} | {row.over_refusal:.0%} | {row.share:.1%} |"
         )
     seeds, prompts = len(found.config.seeds), found.config.evaluation.alignment_prompts
@@ -65,8 +66,9 @@ def markdown(found: Standings) -> str:
         f"{seeds} seeds, {prompts} harmful prompts that no method has seen. Rise removed: share of "
         f"AdamW's rise in alignment loss that is gone at AdamW's task loss "
         f"(+{found.tolerance:.0%}); at its own task loss: compared with what AdamW's frontier has "
-        "there; with 95% intervals of a paired bootstrap over seeds and prompts. Every method was "
-        "tuned on other prompts.",
+        "there; with 95% intervals of a paired bootstrap over seeds and prompts. Reached in: in so "
+        "many of its draws the method reaches that task loss, and the interval is of these. Every "
+        "method was tuned on other prompts.",
         "",
     ]
     return "\n".join(lines)
@@ -79,6 +81,13 @@ def removed(row: Row) -> str:
     if row.matched.alignment is None:
         return "not reached"
     return _interval(row.removed) if row.removed else "nothing rose"
+
+
+def reached(row: Row) -> str:
+    """In how many of the bootstrap's draws AdamW's task loss is reached; empty if in all."""
+    if not row.removed or row.matched.reached >= 0.995:
+        return ""
+    return f"reached in {row.matched.reached:.0%}"
 
 
 def own(row: Row) -> str:
@@ -114,7 +123,7 @@ def _terminal(found: Standings) -> Table:
         table.add_column(name, justify="right")
     for number, row in enumerate(found.rows, start=1):
         table.add_row(
-            str(number), row.method, removed(row), own(row),
+            str(number), row.method, f"{removed(row)}\n{reached(row)}".strip(), own(row),
             f"{row.alignment:.3f}", f"{row.task:.3f}",
             f"{row.refusal:.0%}", f"{row.over_refusal:.0%}", f"{row.share:.1%}",
             style="bold" if row.ours else "",
@@ -143,6 +152,7 @@ def _html(found: Standings) -> str:
             start=found.test.start,
             rows=found.rows,
             removed=removed,
+            reached=reached,
             own=own,
             baseline=BASELINE,
             metric=metric_of(found.config.task.name)[0],

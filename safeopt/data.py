@@ -147,6 +147,14 @@ def encode(
     return {"input_ids": whole[:max_length], "labels": labels[:max_length]}
 
 
+def encode_all(
+    tokenizer: Any, examples: Sequence[ChatExample], max_length: int
+) -> list[dict[str, list[int]]]:
+    """Those of the conversations of which some of the response fits, see `encode`."""
+    rows = [encode(tokenizer, example, max_length) for example in examples]
+    return [row for row in rows if any(label != IGNORE for label in row["labels"])]
+
+
 def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids up to the point where the assistant begins to answer.
 

@@ -44,8 +44,15 @@ def read_safety_batches(
         model, tokenizer, read_examples(safety, need_response=False), str(safety)
     )
     held = [] if harmless is None else read_examples(harmless, need_response=False)
-    refused = [example.answered(str(examples[0].response)) for example in held]
+    refused = answered_alike(held, examples)
     return as_batches(tokenizer, examples), as_batches(tokenizer, refused)
+
+
+def answered_alike(
+    harmless: Sequence[ChatExample], refusals: Sequence[ChatExample]
+) -> list[ChatExample]:
+    """The harmless prompts with the first of the refusals, which they must not get."""
+    return [example.answered(str(refusals[0].response)) for example in harmless]
 
 
 def with_refusals(

@@ -321,12 +321,12 @@ def test_figures_against_their_targets(invented: Result):
     figures = {name: (f.text, f.met) for name, f in reached.items() if f}
     assert figures == {
         "rise in alignment loss, share of AdamW's": ("5.0%", True),
-        "largest rise at any measured step, share of AdamW's largest": ("50%", False),
-        "refusals kept": ("100%", True),
+        "largest rise at any measured step, share of AdamW's largest": ("50.0%", False),
+        "refusals kept": ("100.0%", True),
         "task loss against AdamW's": ("+2.0%", False),
         "change in over-refusal": ("+1.0 points", True),
-        "safety's share of the training time": ("10%", True),
-        "safety's time against replay's": ("125%", False),
+        "safety's share of the training time": ("10.0%", True),
+        "safety's time against replay's": ("125.0%", False),
     }
     ours = methods[2]
     assert ours.share_large == pytest.approx(10 / (10 + 90 * 32))
@@ -338,8 +338,8 @@ def test_a_figure_that_falls_short_is_shown(invented: Result, tmp_path: Path):
     console = Console(record=True, width=120, file=(tmp_path / "shown.txt").open("w"))
     page = report(tmp_path, console).read_text(encoding="utf-8")
     for shown in (console.export_text(), page):
-        assert "✗ 50%" in shown
-        assert "✗ 125%" in shown
+        assert "✗ 50.0%" in shown
+        assert "✗ 125.0%" in shown
         assert "at most 25%" in shown
     assert "3 figures fall short" in page
     assert_pages_survive(lambda: report(tmp_path, console), tmp_path / "report.html")

@@ -239,7 +239,7 @@ def test_line_search_backtracks(name, monkeypatch):
         accepted = values[-1] < 1
         before, script = copies(trainable(model)), iter(values)
         monkeypatch.setattr(optimizer.safety.probe, "value", lambda *args, s=script: next(s))
-        optimizer.safety._refresh(trainable(model), lambda: None, search=True)
+        optimizer.safety._refresh(trainable(model), lambda: None, 2, search=True)
         assert next(script, None) is None
         measured = optimizer.safety.history[-1]
         assert measured.restored_to == (values[-1] if accepted else 1.0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -41,16 +41,19 @@ def _base_class(name: str) -> type[torch.optim.Optimizer]:
     """The optimizer of that name.
 
     Raises:
-        ValueError: if neither package has it, or bitsandbytes is needed and not installed.
+        ValueError: if neither package has it, or bitsandbytes, where needed, cannot be imported.
     """
-    modules = [torch.optim]
+    module: ModuleType = torch.optim
     if not hasattr(torch.optim, name):  # bitsandbytes takes seconds to import
-        with suppress(ImportError):
-            modules.append(import_module("bitsandbytes.optim"))
-    for module in modules:
-        found = getattr(module, name, None)
-        if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
-            return found
+        try:
+            module = import_module("bitsandbytes.optim")
+        except ImportError as error:
+            raise ValueError(
+                f"torch.optim has no such optimizer, and bitsandbytes cannot be imported ({error})"
+            ) from error
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
+        return found
     raise ValueError("neither torch.optim nor bitsandbytes.optim has this optimizer")
 
 

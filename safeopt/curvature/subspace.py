@@ -92,7 +92,7 @@ def updated_subspace(
         targets: the losses below which held examples must not fall, nan for safety examples;
             shape ``(q,)``.
         rank: the largest number of directions.
-        window: the largest number of examples, at least q.
+        window: the largest number of examples; where q is larger, the new ones alone stay.
         kind: how the basis is stored, see `safeopt.curvature.bases`; ``previous`` keeps its own.
         layout: how the parameters lie over the processes.
 

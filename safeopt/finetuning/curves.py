@@ -68,4 +68,4 @@ def _draw_alignment(axes: Axes, report: dict[str, Any], log: list[dict[str, Any]
             label="after restoring",
         )
     budget = report["config"]["budget"] + measured[0]["alignment_loss"]
-    axes.axhline(budget, color="0.5", linestyle="--", label="budget")
+    axes.axhline(budget, color="0.5", linestyle="--", label="first look + budget")

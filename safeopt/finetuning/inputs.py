@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 
-from safeopt.data import collate, encode, read_examples
+from safeopt.data import collate, encode_all, read_examples
 from safeopt.files import plain
-from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import alignment_loss, as_batches, check_likely, with_refusals
+from safeopt.safety_examples import (
+    alignment_loss,
+    answered_alike,
+    as_batches,
+    check_likely,
+    with_refusals,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +121,7 @@ def load_inputs(
         tokenizer.chat_template = _text(config.chat_template)
     if torch.cuda.is_available():
         model = model.cuda()
-    rows = [encode(tokenizer, example, config.max_length) for example in examples]
-    rows = [row for row in rows if any(label != IGNORE for label in row["labels"])]
+    rows = encode_all(tokenizer, examples, config.max_length)
     if not rows:
         raise ValueError(
             f"max_length={config.max_length}: no response of {config.train} is left; raise it"
@@ -131,7 +135,7 @@ def load_inputs(
     probe = SafetyProbe(
         model,
         batches,
-        held=as_batches(tokenizer, [x.answered(str(refusals[0].response)) for x in harmless]),
+        held=as_batches(tokenizer, answered_alike(harmless, refusals)),
         opening=opening,
     )
     if opening is not None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from safeopt.data import encode, read_examples
+from safeopt.data import encode_all, read_examples
 from safeopt.files import plain, write_json
-from safeopt.losses import IGNORE
 from safeopt.models import load_causal_lm
 from safeopt.optim.repair import RepairReport, repair
 from safeopt.probe import SafetyProbe
@@ -117,8 +116,7 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         model, own = load_causal_lm(config.model)
         own.chat_template = own.chat_template or tokenizer.chat_template
         model, tokenizer = model.to(device).requires_grad_(True), own
-    rows = [encode(tokenizer, example, config.max_length) for example in examples]
-    task = [row for row in rows if any(label != IGNORE for label in row["labels"])]
+    task = encode_all(tokenizer, examples, config.max_length)
     if config.train and len(task) < 2:
         raise ValueError(
             f"train: {len(task)} responses of {config.train} fit into "

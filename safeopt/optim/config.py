@@ -36,7 +36,7 @@ class SafetyConfig:
             of them. The first look and refreshes in quick succession take fewer; `restore` takes up
             to twice as many, for what it leaves is saved.
         window: the number of latest examples whose gradients span the subspace, at least
-            ``examples``.
+            ``examples``; a look at more than that replaces all older ones.
         newton_damping: δ of the restoring step, see `safeopt.curvature.window`; positive.
         restore_alignment: step back where alignment was lost; False leaves projection alone.
         trial_examples: safety examples kept apart for the line search, at least 1.
@@ -87,14 +87,14 @@ class SafetyConfig:
             raise TypeError(f"refresh={self.refresh!r}: expected a RefreshPolicy")
 
     @property
-    def most_examples(self) -> int:
-        """The largest number of new safety examples in one look: that of `restore`."""
+    def restore_examples(self) -> int:
+        """The largest number of new safety examples in one look, which is one of `restore`."""
         return 2 * self.examples
 
     @property
     def largest_rank(self) -> int:
         """The largest number of directions that the window or one look's examples can span."""
-        look = self.most_examples + held_beside(self.most_examples)
+        look = self.restore_examples + held_beside(self.restore_examples)
         return min(self.rank, max(self.window, look))
 
 

@@ -37,6 +37,19 @@ class Look:
     indices: list[int]
 
 
+def require_enough(probe: SafetyProbe, trial_examples: int) -> None:
+    """Refuse a probe that has nothing left beside the trial examples.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if len(probe) <= trial_examples:
+        raise ValueError(
+            f"trial_examples={trial_examples}: the probe has {len(probe)} safety examples; it "
+            f"needs at least {trial_examples + 1}, as the trial examples are kept apart"
+        )
+
+
 def held_beside(count: int) -> int:
     """Number of held examples that join ``count`` safety examples: three for four of them."""
     return (3 * count + 2) // 4

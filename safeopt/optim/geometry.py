@@ -32,7 +32,7 @@ from safeopt.curvature.window import log_odds
 from safeopt.losses import refusal_nll
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import estimate
-from safeopt.optim.examples import ExampleRota
+from safeopt.optim.examples import ExampleRota, require_enough
 from safeopt.optim.line_search import backtrack
 from safeopt.optim.measurement import Measurement, finite
 from safeopt.optim.transaction import whole_or_not_at_all
@@ -82,12 +82,8 @@ class SafetyGeometry:
     def __init__(self, probe: SafetyProbe, config: SafetyConfig) -> None:
         if not isinstance(probe, SafetyProbe):
             raise TypeError(f"probe={type(probe).__name__}: expected a safeopt.SafetyProbe")
-        if config.damping and len(probe) <= config.trial_examples:
-            raise ValueError(
-                f"trial_examples={config.trial_examples}: the probe has {len(probe)} safety "
-                f"examples; it needs at least {config.trial_examples + 1}, as the trial examples "
-                "are kept apart"
-            )
+        if config.damping:
+            require_enough(probe, config.trial_examples)
         self.probe = probe
         self.config = config
         self.rota = ExampleRota(probe, config.trial_examples, config.seed, _MOST_HELD)
@@ -133,7 +129,7 @@ class SafetyGeometry:
         if self.active and self.subspace is None:
             trial = self.rota.measure(self.probe)
             self._trial_reference = float(trial.mean())
-            self._estimate(params, self._count(0))
+            self._estimate(params, self._due(self.config.examples))
             assert self.subspace is not None
             window = self.subspace.window
             losses = torch.cat([trial, window.losses[window.safety].cpu()])
@@ -167,10 +163,10 @@ class SafetyGeometry:
         self._position = mapped
         if self.config.refresh.due(self.step_count, self.last_refresh, self._drift()):
             with whole_or_not_at_all(self, params) as before_move:
-                self._refresh(params, before_move)
+                self._refresh(params, before_move, self._due(self.config.examples))
 
     def restore(self, params: Sequence[Tensor]) -> Measurement:
-        """Measure the alignment loss now and, where it exceeds the budget, restore it.
+        """Measure the alignment loss now and, where examples are lost, restore them.
 
         For the moments that count: before a checkpoint is saved and at the end of training. It ends
         when the trial examples, which span no subspace, are within the budget, or after one
@@ -178,8 +174,8 @@ class SafetyGeometry:
 
         Returns:
             The last measurement. Cost: one forward pass on the trial examples and, unless a refresh
-            has just been made, one refresh; more where alignment was lost; nothing if no step was
-            taken since the last call.
+            has just been made, one refresh on up to twice `SafetyConfig.examples`; more where
+            alignment was lost; nothing if no step was taken since the last call.
         """
         if not self.active:
             raise RuntimeError("restore: damping=0 has switched the protection off")
@@ -194,7 +190,8 @@ class SafetyGeometry:
     def _restore(self, params: Sequence[Tensor], before_move: Callable[[], None]) -> None:
         trial: float | None = None
         if self.step_count > self.last_refresh:
-            trial = self._refresh(params, before_move, search=True)
+            count = self._due(self.config.restore_examples)
+            trial = self._refresh(params, before_move, count, search=True)
         if not self._restores:
             return
         assert self._trial_reference is not None
@@ -203,8 +200,8 @@ class SafetyGeometry:
             trial = finite(self.probe.value(self.rota.trial))
         for _ in range(_ROUNDS):
             if trial > limit:
-                count = self.config.most_examples
-                trial = self._refresh(params, before_move, search=True, trial=trial, count=count)
+                count = self.config.restore_examples
+                trial = self._refresh(params, before_move, count, search=True, trial=trial)
                 assert trial is not None  # a search measures it, and without one it is as before
         if trial > limit:
             logger.warning(
@@ -309,27 +306,27 @@ class SafetyGeometry:
         self,
         params: Sequence[Tensor],
         before_move: Callable[[], None],
+        count: int,
         *,
         search: bool = False,
         trial: float | None = None,
-        count: int | None = None,
     ) -> float | None:
         """Measure, renew the subspace and step back where an example of the window is lost.
 
         Args:
             params: the protected parameters.
             before_move: called before they are moved.
+            count: number of safety examples.
             search: whether this is `restore`'s look: the step's length is searched, and it does not
                 aim beyond the goal, for what comes next is a checkpoint.
             trial: the trial examples' loss, where it was just measured.
-            count: number of safety examples; by default, what is due after so many steps.
 
         Returns:
             The trial examples' loss now, None if it was not measured.
         """
         assert self._reference_odds is not None
         steps = self.step_count - self.last_refresh
-        drawn = self._estimate(params, self._count(steps, search) if count is None else count)
+        drawn = self._estimate(params, count)
         if not self._restores:
             return trial
         assert self.subspace is not None
@@ -352,10 +349,9 @@ class SafetyGeometry:
         self.history[-1] = replace(self.history[-1], restored_to=restored)
         return trial
 
-    def _count(self, steps: int, search: bool = False) -> int:
-        """Number of safety examples for a look after so many steps."""
-        config = self.config
-        return min(max(steps, _FEWEST), config.most_examples if search else config.examples)
+    def _due(self, most: int) -> int:
+        """Number of safety examples to look at now: one for each step since the last look."""
+        return min(max(self.step_count - self.last_refresh, _FEWEST), most)
 
     def _estimate(self, params: Sequence[Tensor], count: int) -> int:
         """Measure the alignment loss on new examples and renew the subspace at ``params``.

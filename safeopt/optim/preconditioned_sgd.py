@@ -236,7 +236,7 @@ class PreconditionedSGD(torch.optim.SGD):
         return loss
 
     def restore(self) -> Measurement:
-        """Measure the alignment loss now and restore it where it exceeds the budget.
+        """Measure the alignment loss now and restore examples that are lost.
 
         Returns:
             The measurement, with the loss before and after; see `ProjectedAdamW.restore`.

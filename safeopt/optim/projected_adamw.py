@@ -25,7 +25,7 @@ class ProjectedAdamW(torch.optim.AdamW):
                               c   = Uᵀθ' − Uᵀθ_r
                               θ'' = θ' + U(map(c) − c)
         at a refresh:         measure A on new examples; renew U, Λ
-                              if A > a_0 + budget:  θ ← θ + t·U·(Gauss-Newton step)
+                              if examples are lost:  θ ← θ + U·(smallest step that regains them)
                               θ_r ← θ
 
     Everything happens in ``step()``; no closure is needed. Call `restore` before you save a model
@@ -74,9 +74,9 @@ class ProjectedAdamW(torch.optim.AdamW):
         FloatingPointError: in ``step``, if a gradient is not finite, before anything has changed.
 
     Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
-    ``examples`` short prompts (and three held ones for four of them, if there are); the first step
-    also a forward pass on the trial examples and at most 32 held ones. Memory: k float32 numbers
-    for each protected parameter.
+    ``examples`` short prompts (twice as many in `restore`; and three held ones for four of them, if
+    there are); the first step also a forward pass on the trial examples and at most 24 held ones.
+    Memory: k float32 numbers for each protected parameter.
 
     Source: the safety subspace and its curvature coupling are those of Springer et al. 2026
     (arXiv 2602.15799); AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101).
@@ -148,7 +148,7 @@ class ProjectedAdamW(torch.optim.AdamW):
         attach(self, geometry, on_refresh_error)
 
     def restore(self) -> Measurement:
-        """Measure the alignment loss now and restore it where it exceeds the budget.
+        """Measure the alignment loss now and restore examples that are lost.
 
         Returns:
             The last measurement, with the loss before and after. Cost: see

@@ -133,7 +133,7 @@ def attach(
 
 
 def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
-    """Measure the alignment loss now and restore it where it exceeds the budget.
+    """Measure the alignment loss now and restore examples that are lost.
 
     Call it before a checkpoint is saved and at the end of training.
     """

@@ -38,7 +38,7 @@ from safeopt.curvature.window import Window
 from safeopt.losses import Batch
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import gradient_rows
-from safeopt.optim.examples import ExampleRota, held_beside
+from safeopt.optim.examples import ExampleRota, held_beside, require_enough
 from safeopt.optim.line_search import backtrack
 from safeopt.optim.measurement import finite
 from safeopt.passes import PassCounter
@@ -169,11 +169,7 @@ def repair(
             raise ValueError(f"{name}={number}: expected a whole number, at least 1")
     if probe.model is not model:
         raise ValueError("probe: it looks at another model; build it from the model to repair")
-    if len(probe) <= trial_examples:
-        raise ValueError(
-            f"trial_examples={trial_examples}: the probe has {len(probe)} safety examples; it "
-            f"needs at least {trial_examples + 1}, as the trial examples are kept apart"
-        )
+    require_enough(probe, trial_examples)
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ValueError(

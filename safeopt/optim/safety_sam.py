@@ -263,7 +263,7 @@ class SafetySAM(OptimizerWrapper):
                 self._look_ahead()
 
     def restore(self) -> Measurement:
-        """Measure the alignment loss now and restore it where it exceeds the budget.
+        """Measure the alignment loss now and restore examples that are lost.
 
         The parameters are θ afterwards, ready to be saved, until the next `train` or ``step``.
 

@@ -190,7 +190,7 @@ class CompressedBasis:
         kept = _independent(products)
         turn = torch.zeros(len(kept), len(left), dtype=torch.float64, device=products.device)
         turn[:, kept] = whitening(products[kept][:, kept])
-        # In place: beside the old basis, a second set of the new one's cores would be much.
+        # In place: the old basis is still there, and a second copy of the new cores would be large.
         for index, block in enumerate(basis.blocks):
             basis.blocks[index] = (
                 block.turned(turn) if isinstance(block, Tucker) else mixed(turn, block)
