@@ -449,7 +449,12 @@ def test_safelora_is_the_paper_s_formula(lora: bool):
     before[touched] += torch.randn_like(before[touched]) @ torch.diag(
         torch.linspace(0, 1, 8).double()
     )
-    given = Setup(**{**vars(given), "unaligned": lambda: before})
+
+    def unaligned():
+        assert torch.is_grad_enabled(), "it may have to be trained first"
+        return before
+
+    given = Setup(**{**vars(given), "unaligned": unaligned})
     start = names[touched].detach().clone()
     v = start - before[touched]
     c = v @ v.T / v.norm()

@@ -59,10 +59,9 @@ class SafeLoRA(AdamW):
         self.projected: list[str] = []
         self.reference = snapshot(setup.params)
 
-    @torch.no_grad()
     def finish(self) -> None:
-        with self.cost.clock():
-            before = self.unaligned()
+        before = self.unaligned()  # with gradients: the tiny model may have to be trained for it
+        with torch.no_grad(), self.cost.clock():
             adapted = list(_adapted_layers(self.setup.model))
             if adapted:
                 for name, layer in adapted:
