@@ -28,7 +28,13 @@ class Value:
     alignment: tuple[float, ...]
     task: tuple[float, ...]
     refusal: tuple[float, ...]
+    over_refusal: tuple[float, ...]
     share: float
+
+    @property
+    def over_refusals(self) -> str:
+        """Of every seed: their mean would hide a run that refuses everything."""
+        return ", ".join(f"{100 * rate:.0f}" for rate in self.over_refusal) + "%"
 
     @staticmethod
     def mean(values: Sequence[float]) -> float:
@@ -69,16 +75,19 @@ def ablation(folder: Path, console: Console) -> Path:
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in ("option", "value"):
         table.add_column(name, overflow="fold")
-    for name in ("align. loss", "task loss", "refuses", "safety"):
+    for name in ("align. loss", "task loss", "refuses", "over-refuses", "safety"):
         table.add_column(name, justify="right")
-    lines = ["| option | value | alignment loss | task loss | refuses | safety time |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = [
+        "| option | value | alignment loss | task loss | refuses | over-refuses, by seed "
+        "| safety time |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for option, values in found.items():
         for value in values:
             cells = [
                 option, value.label, f"{value.mean(value.alignment):.3f}",
                 f"{value.mean(value.task):.3f}", f"{value.mean(value.refusal):.0%}",
-                f"{value.share:.1%}",
+                value.over_refusals, f"{value.share:.1%}",
             ]  # fmt: skip
             table.add_row(*cells)
             lines.append(f"| {' | '.join(cells)} |")
@@ -97,6 +106,7 @@ def _value(label: str, records: Sequence[Record]) -> Value:
         alignment=tuple(record.alignment_loss.end for record in records),
         task=tuple(record.task_loss.end for record in records),
         refusal=tuple(record.refusal_rate.end for record in records),
+        over_refusal=tuple(record.over_refusal_rate.end for record in records),
         share=safety / training if training > 0 else 0.0,
     )
 

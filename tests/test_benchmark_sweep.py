@@ -194,6 +194,9 @@ def test_an_ablation_has_a_panel_for_each_option(tmp_path: Path):
     assert [line.split("|")[1:3] for line in lines[3:]] == [
         [" rank ", " 1 "], [" rank ", " 4 "], [" held ", " true "],
     ]  # fmt: skip
+    assert all(len(line.split("|")) == 9 for line in lines)
+    seeds = [line.split("|")[6].split(",") for line in lines[2:]]
+    assert {len(rates) for rates in seeds} == {len(fields["seeds"])}
     pages = (tmp_path / "ablation.md", tmp_path / "ablation.html")
     assert_pages_survive(lambda: ablation(tmp_path, QUIET), *pages)
 
