@@ -87,7 +87,7 @@ def train(
         on_point: called after each measurement.
     """
     run = Trajectory([start])
-    trained = 0.0
+    trained, set_up = 0.0, method.cost.seconds
     for step, batch in enumerate(batches, start=1):
         loss = StepLoss(model, batch)
         began = perf_counter()
@@ -116,8 +116,8 @@ def train(
             on_point(point)
     cost = method.cost
     run.seconds.safety = cost.seconds
-    run.seconds.task = trained - cost.seconds
-    run.seconds.total = trained + run.seconds.evaluation
+    run.seconds.task = trained - (cost.seconds - set_up)
+    run.seconds.total = set_up + trained + run.seconds.evaluation
     run.passes.safety_forward, run.passes.safety_backward = cost.forward, cost.backward
     run.tokens.safety_forward = cost.forward_tokens
     run.tokens.safety_backward = cost.backward_tokens

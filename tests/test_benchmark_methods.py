@@ -9,10 +9,12 @@ import pytest
 import torch
 from tiny_models import safety_batch, single, tiny_llama, trainable, with_lora
 
+from benchmarks.evaluation import Losses
 from benchmarks.methods import METHODS, Setup, method_class
 from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.base import SafetyCost, holding, joined, snapshot
-from benchmarks.training import StepLoss
+from benchmarks.records import Point
+from benchmarks.training import StepLoss, train
 from safeopt.curvature.operators import FisherOperator, HessianOperator
 from safeopt.losses import ReferenceKL, refusal_nll
 
@@ -433,6 +435,24 @@ def test_the_task_hessian_s_subspace_is_the_dense_top_eigenspace():
     change = flat(given.params) - start
     assert float((u @ change).norm()) < 1e-8 * float(change.norm())
     assert method.cost.backward > 0
+
+
+# --- costs ---
+
+
+def test_set_up_counts_as_safety_and_takes_nothing_off_the_task():
+    given = setup()
+    method = build("adamw", given)
+    method.cost.seconds = 1000.0  # as if it had measured the examples before the first step
+    start = Point(step=0, task_loss=1.0, alignment_loss=1.0, seconds=0.0)
+    found = train(
+        given.model, method, TASK[:2], 2, start, lambda _: Losses(1.0, 1.0, None), 1,
+        lambda *_: None, lambda _: None,
+    )  # fmt: skip
+    seconds = found.seconds
+    assert seconds.safety == 1000.0
+    assert 0 < seconds.task < 1000.0
+    assert seconds.total == pytest.approx(seconds.task + seconds.safety + seconds.evaluation)
 
 
 # --- Safe LoRA, SAM ---
