@@ -53,7 +53,7 @@ class SafetyProbe:
             removed; examples are batched anew, by length, when they are used.
         held: batches of harmless prompts, each with a refusal as its response. Restoring alignment
             keeps the refusal as unlikely there as it was, or rare, so that they are not refused.
-            The optimizers use 32 of them at most. Only with ``loss="nll"``.
+            The optimizers use 24 of them at most. Only with ``loss="nll"``.
         loss: ``"nll"`` (refusal negative log-likelihood), ``"kl"`` (KL to the model as it is at the
             first use of the probe) or any function ``(model, batch) -> losses (m,)``.
         opening: use only so many tokens of each response, at least 1; None for all of it. What a

@@ -12,7 +12,7 @@ approximation, no exact projector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -60,22 +60,26 @@ class SafeLoRA(AdamW):
         self.reference = snapshot(setup.params)
 
     def finish(self) -> None:
-        before = self.unaligned()  # with gradients: the tiny model may have to be trained for it
-        with torch.no_grad(), self.cost.clock():
-            adapted = list(_adapted_layers(self.setup.model))
-            if adapted:
-                for name, layer in adapted:
-                    b, a = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
-                    aligned = layer.get_base_layer().weight
-                    self._project(name, b, b @ a, aligned - before[name].to(aligned))
-            else:
-                names = {id(p): name for name, p in self.setup.model.named_parameters()}
-                for parameter, start in zip(self.setup.params, self.reference, strict=True):
-                    name = names[id(parameter)]
-                    if parameter.ndim == 2 and name in before:
-                        delta = parameter - start
-                        if self._project(name, delta, delta, start - before[name].to(start)):
-                            parameter.copy_(start + delta)
+        with self.cost.clock():
+            # With gradients: the tiny model from before the alignment may have to be trained first.
+            self._project_all(self.unaligned())
+
+    @torch.no_grad()
+    def _project_all(self, before: Mapping[str, Tensor]) -> None:
+        adapted = list(_adapted_layers(self.setup.model))
+        if adapted:
+            for name, layer in adapted:
+                b, a = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+                aligned = layer.get_base_layer().weight
+                self._project(name, b, b @ a, aligned - before[name].to(aligned))
+        else:
+            names = {id(p): name for name, p in self.setup.model.named_parameters()}
+            for parameter, start in zip(self.setup.params, self.reference, strict=True):
+                name = names[id(parameter)]
+                if parameter.ndim == 2 and name in before:
+                    delta = parameter - start
+                    if self._project(name, delta, delta, start - before[name].to(start)):
+                        parameter.copy_(start + delta)
 
     def _project(self, name: str, factor: Tensor, change: Tensor, alignment: Tensor) -> bool:
         """Multiply ``factor``, the left one of ``change``, by C in place, if ΔW turns away."""
