@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from safeopt.curvature.bases.compressed import SMALL
+from safeopt.curvature.bases.tucker import STORED
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.examples import held_beside
@@ -27,7 +28,8 @@ from safeopt.probe import OPENING
 
 logger = logging.getLogger("safeopt")
 
-# What an adapter's gradients, moments and bases are kept in, and bases of half-precision models.
+# What an adapter's gradients, moments and bases are kept in, and bases of half-precision models,
+# but for the compressed ones' matrices.
 _FLOAT32 = 4
 _ARCHITECTURES = files("safeopt") / "architectures"
 
@@ -174,7 +176,7 @@ def plan(
         "dense": BasisPlan(_FLOAT32 * direct // world_size, 3 * direct * share),
         "int8": BasisPlan(direct * 17 // 16 // world_size, 3 * direct * share),
         "factored": BasisPlan(factored * dtype.itemsize + vectors, 3 * passes * share),
-        "compressed": BasisPlan(_FLOAT32 * compressed, 3 * work * share),
+        "compressed": BasisPlan(compressed, 3 * work * share),
     }
     tokens = assumed.examples * assumed.tokens_per_example
     return Plan(
@@ -301,13 +303,15 @@ def _sites(
 
 
 def _compressed(shapes: list[torch.Size], rank: int, side: int) -> tuple[int, int]:
-    """Numbers that the compressed basis keeps, and its multiplications for one pass."""
-    numbers = work = 0
+    """Bytes that the compressed basis takes, and its multiplications for one pass."""
+    nbytes, work = 8 * rank * rank, 0  # W is float64
     for shape in shapes:
         if len(shape) == 2 and min(shape) > SMALL:
             r_b, r_a = (min(side, size) for size in shape)
-            numbers += r_b * shape[0] + r_a * shape[1] + rank * r_b * r_a
+            numbers = r_b * shape[0] + r_a * shape[1] + rank * r_b * r_a
+            nbytes += STORED.itemsize * numbers
             work += min(r_b, r_a) * shape.numel() + r_b * r_a * (min(shape) + rank)
         else:
-            numbers, work = numbers + rank * shape.numel(), work + rank * shape.numel()
-    return numbers, work
+            nbytes += _FLOAT32 * rank * shape.numel()
+            work += rank * shape.numel()
+    return nbytes, work

@@ -22,13 +22,17 @@ from safeopt.curvature.bases.tucker import Tucker
 from safeopt.curvature.basis import DenseBasis
 from safeopt.curvature.solvers import gram
 from safeopt.curvature.subspace import updated_subspace
-from safeopt.rows import DenseRows
+from safeopt.rows import DenseRows, mixed
 
 kinds = pytest.mark.parametrize("kind", BASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
-PROMISED = ((compressed, "ENERGY", compressed.ENERGY), (tucker, "_NEGLIGIBLE", tucker._NEGLIGIBLE))
+PROMISED = (
+    (compressed, "ENERGY", compressed.ENERGY),
+    (tucker, "_NEGLIGIBLE", tucker._NEGLIGIBLE),
+    (tucker, "STORED", tucker.STORED),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +40,7 @@ def _lossless(monkeypatch):
     """A compressed basis that leaves nothing out, where a test does not ask for `_lossy`."""
     monkeypatch.setattr(compressed, "ENERGY", 1.0)
     monkeypatch.setattr(tucker, "_NEGLIGIBLE", 1e-13)
+    monkeypatch.setattr(tucker, "STORED", torch.float32)
 
 
 @pytest.fixture
@@ -261,6 +266,11 @@ def low_rank_rows(model, count, tokens, seed=0):
     return rows_of(model, seed, (tokens,) * count, (6,) * count)
 
 
+def written_out(basis):
+    """A compressed basis's own directions as a dense one."""
+    return DenseBasis([mixed(basis.weights, compressed._whole(b)) for b in basis.blocks])
+
+
 @lossy
 @dtypes
 def test_compression_keeps_the_energy_it_promises(dtype):
@@ -272,7 +282,7 @@ def test_compression_keeps_the_energy_it_promises(dtype):
     assert compressed.ENERGY - 2e-3 <= basis.energy < 0.9999
     identity = basis.inner(basis) - torch.eye(6, dtype=torch.float64)
     assert identity.abs().max() < ORTHONORMAL[dtype]
-    whole = DenseBasis([compressed._whole(block) for block in basis.blocks])
+    whole = written_out(basis)
     overlap = exact.inner(whole)
     assert float((overlap * overlap).sum()) / 6 >= basis.energy - 1e-3
     vector = noise(params)
@@ -285,6 +295,28 @@ def test_compression_keeps_the_energy_it_promises(dtype):
         compressed.ENERGY = before
     assert basis.nbytes < full.nbytes
     assert basis.work < full.work
+
+
+@dtypes
+def test_what_is_computed_in_float32_is_stored_in_half_of_it(dtype, monkeypatch):
+    """The directions move by the rounding alone, and are orthonormal as they are stored."""
+    model = model_of(dtype)
+    rows, params = rows_of(model), trainable(model)
+    _, exact = first("compressed", rows, params)
+    monkeypatch.setattr(tucker, "STORED", torch.bfloat16)
+    _, basis = first("compressed", rows, params)
+    half = dtype == torch.float32
+    kept = {t.dtype for b in basis.blocks if isinstance(b, Tucker) for t in vars(b).values()}
+    assert kept == {torch.bfloat16 if half else dtype}
+    error = basis.inner(exact) - torch.eye(basis.rank, dtype=torch.float64)
+    assert error.abs().max() < (2e-3 if half else ORTHONORMAL[dtype])
+    identity = basis.inner(basis) - torch.eye(basis.rank, dtype=torch.float64)
+    assert identity.abs().max() < ORTHONORMAL[dtype]
+    vector = inside(rows, noise(params))
+    once = projection(basis, vector)
+    parts = once.split([v.numel() for v in vector])
+    again = projection(basis, [x.view_as(v).to(v) for x, v in zip(parts, vector, strict=True)])
+    assert relative_error(again, once) < 10 * ORTHONORMAL[dtype]
 
 
 @lossy
@@ -301,7 +333,7 @@ def test_losses_do_not_add_up_over_the_refreshes():
             )  # fmt: skip
         subspaces[kind] = subspace
     exact, actual = (subspaces[kind].basis for kind in ("dense", "compressed"))
-    whole = DenseBasis([compressed._whole(block) for block in actual.blocks])
+    whole = written_out(actual)
     overlap = exact.inner(whole)
     assert actual.energy >= compressed.ENERGY - 2e-3
     assert float((overlap * overlap).sum()) / 8 >= compressed.ENERGY - 1e-2

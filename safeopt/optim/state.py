@@ -24,7 +24,7 @@ from safeopt.passes import PassCounter
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
-VERSION = 5  # since 24 held examples take turns; 4 had targets for 32
+VERSION = 6  # since compressed bases are stored rounded, with weights before them
 _WHERE = 'state_dict["safety"]'
 _COUNTS = ("step_count", "last_refresh", "held_count", "drawn", "held_drawn", "checked")
 _OTHERS = ("opening", "history", "passes", "kl_reference", "subspace")

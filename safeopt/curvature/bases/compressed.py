@@ -4,8 +4,9 @@ A direction's part of one weight, u_j (d_out×d_in), is kept in Tucker-2 form,
 
     u_j ≈ Q_b C_j Q_aᵀ,        Q_b (d_out×r_b), Q_a (d_in×r_a) orthonormal and shared by all k
 
-Bytes: r_b·d_out + r_a·d_in + k·r_b·r_a numbers. Uᵀθ is ⟨C_j, Q_bᵀ θ Q_a⟩, so that a step costs what
-a forward pass of min(r_a, r_b) tokens costs. Norms, biases and small matrices stay dense.
+Numbers: r_b·d_out + r_a·d_in + k·r_b·r_a, two bytes each (bfloat16, computed with in float32).
+Uᵀθ is ⟨C_j, Q_bᵀ θ Q_a⟩, so that a step costs what a forward pass of min(r_a, r_b) tokens costs.
+Norms, biases and small matrices stay dense.
 
 At a refresh the new directions L·U + R·G_new lie, matrix by matrix, in the columns of the old Q and
 of the new tokens' factors (`safeopt.factored`). There they are written as cores, whose Gram
@@ -13,8 +14,9 @@ matrices along either side give the best Q (sequentially truncated higher-order 
 et al. 2012). Ranks follow from one number, the share of the energy Σ_j‖u_j‖² to keep: first each
 matrix loses a little of its own, then the columns of all matrices that carry the least energy for
 their bytes go. The window's examples share that loss between the refreshes that they go through,
-so that it does not add up. What is left is orthonormalised, a k×k matrix from the cores alone, so
-UᵀU = I holds for the compressed directions themselves. One matrix is worked on at a time.
+so that it does not add up. What is left and rounded, D, is not orthonormal any more, so that a k×k
+matrix W in float64 stands before it, U = W·D with W (D Dᵀ) Wᵀ = I: UᵀU = I holds for the directions
+as they are stored. One matrix is worked on at a time.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class CompressedBasis:
     """k orthonormal directions, matrices in Tucker-2 form.
 
     Args:
-        blocks: for each parameter directions ``(k, *p.shape)``, or their Tucker form.
+        blocks: D, for each parameter directions ``(k, *p.shape)``, or their Tucker form.
+        weights: W, shape ``(k, k)``, float64.
         energy: the share of the directions' energy that was kept, between 0 and 1: by the last
             update, times what the old gradients in it had lost before.
         loss: the share that the next update may lose.
@@ -59,16 +62,22 @@ class CompressedBasis:
     kind: ClassVar[str] = "compressed"
 
     def __init__(
-        self, blocks: Sequence[Block], energy: float = 1.0, loss: float | None = None
+        self,
+        blocks: Sequence[Block],
+        weights: Tensor,
+        energy: float = 1.0,
+        loss: float | None = None,
     ) -> None:
         self.blocks = list(blocks)
+        self.weights = weights
         self.energy = energy
         self._loss = 1 - ENERGY if loss is None else loss
 
     @classmethod
     def empty(cls, params: Sequence[Tensor]) -> CompressedBasis:
         """The basis without a direction."""
-        return cls([_empty(p.detach()) for p in params])
+        weights = torch.zeros(0, 0, dtype=torch.float64, device=params[0].device)
+        return cls([_empty(p.detach()) for p in params], weights)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], params: Sequence[Tensor]) -> CompressedBasis:
@@ -81,29 +90,35 @@ class CompressedBasis:
             x[0].to(p.device) if len(x) == 1 else Tucker(*(t.to(p.device) for t in x))
             for x, p in zip(state["blocks"], params, strict=False)
         ]
-        ranks = {_rank(block) for block in blocks}
-        fit = len(state["blocks"]) == len(params) and len(ranks) == 1
+        weights = state["weights"].to(params[0].device)
+        ranks = {len(_entries(block)) for block in blocks}
+        fit = len(state["blocks"]) == len(params) and ranks == {len(weights)}
         if not (fit and all(_fits(b, p) for b, p in zip(blocks, params, strict=True))):
             raise ValueError(
                 f"its shapes do not fit the parameters ({len(state['blocks'])} blocks for "
                 f"{len(params)} parameters)"
             )
-        return cls(blocks, float(state["energy"]))
+        return cls(blocks, weights, float(state["energy"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """The tensors of each block, and the energy kept."""
+        """The tensors of each block, W, and the energy kept."""
         blocks = [[b.left, b.cores, b.right] if isinstance(b, Tucker) else [b] for b in self.blocks]
-        return {"kind": self.kind, "blocks": blocks, "energy": self.energy}
+        return {
+            "kind": self.kind,
+            "blocks": blocks,
+            "weights": self.weights,
+            "energy": self.energy,
+        }
 
     @property
     def rank(self) -> int:
         """Number of directions k."""
-        return _rank(self.blocks[0])
+        return len(self.weights)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the basis occupies."""
-        return sum(block.nbytes for block in self.blocks)
+        return sum(block.nbytes for block in self.blocks) + self.weights.nbytes
 
     @property
     def work(self) -> int:
@@ -112,29 +127,32 @@ class CompressedBasis:
 
     def coordinates(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return Uᵀv, shape ``(k,)``, float64; None stands for zeros."""
-        total = torch.zeros(self.rank, dtype=torch.float64, device=_device(self.blocks[0]))
-        for block, tensor in zip(self.blocks, tensors, strict=True):
-            if tensor is None or not _entries(block).numel():
+        total = torch.zeros(self.rank, dtype=torch.float64, device=self.weights.device)
+        for stored, tensor in zip(self.blocks, tensors, strict=True):
+            if tensor is None or not _entries(stored).numel():
                 continue
+            block = _full(stored)
             entries = _entries(block)
             vector = tensor.detach().to(entries.dtype)
             if isinstance(block, Tucker):
                 vector = block.core_of(vector)
             part = flat_products(entries.flatten(1), vector.reshape(1, -1))
             total += part.squeeze(1).to(total.device)
-        return total
+        return self.weights @ total
 
     @torch.no_grad()
     def expand_into(self, tensors: Sequence[Tensor], coordinates: Tensor) -> None:
         """Add U·coordinates to ``tensors`` in place, in their own dtype."""
-        for block, tensor in zip(self.blocks, tensors, strict=True):
-            if not _entries(block).numel():
+        inner = coordinates.to(self.weights) @ self.weights
+        for stored, tensor in zip(self.blocks, tensors, strict=True):
+            if not _entries(stored).numel():
                 continue
+            block = _full(stored)
             if not isinstance(block, Tucker):
-                step = mixed(coordinates.unsqueeze(0), block)[0]
+                step = mixed(inner.unsqueeze(0), block)[0]
                 tensor.add_(step.view(tensor.shape).to(tensor.dtype))
                 continue
-            left, right = block.expanded(coordinates)
+            left, right = block.expanded(inner)
             if left.dtype == tensor.dtype:
                 tensor.addmm_(left, right)
             else:
@@ -142,26 +160,21 @@ class CompressedBasis:
 
     def inner(self, other: CompressedBasis) -> Tensor:
         """Inner products with another basis, shape ``(k, k_other)``, float64."""
-        device = _device(self.blocks[0])
-        total = torch.zeros(self.rank, other.rank, dtype=torch.float64, device=device)
-        if total.numel():
-            for mine, theirs in zip(self.blocks, other.blocks, strict=True):
-                total += _inner(mine, theirs).to(device)
-        return total
+        return self.weights @ _products(self.blocks, other.blocks, self.weights) @ other.weights.T
 
     def coordinates_of(self, rows: FactoredRows) -> Tensor:
         """Rows in the basis, shape ``(m, k)``, float64."""
-        device = _device(self.blocks[0])
-        total = torch.zeros(len(rows), self.rank, dtype=torch.float64, device=device)
+        total = torch.zeros(len(rows), self.rank, dtype=torch.float64, device=self.weights.device)
         if self.rank:
-            for index, block in enumerate(self.blocks):
+            for index, stored in enumerate(self.blocks):
+                block = _full(stored)
                 if isinstance(block, Tucker):
                     row = cores_of(rows, index, block.left, block.right)
                 else:
                     row = rows.block(index)
                 part = flat_products(row.flatten(1), _entries(block).flatten(1))
-                total += part.to(device)
-        return total
+                total += part.to(total.device)
+        return total @ self.weights.T
 
     def window(self, coefficients: Tensor, rows: FactoredRows) -> CarriedRows:
         """Old gradients in this basis, ``coefficients (w, k)``, followed by new ones."""
@@ -169,7 +182,9 @@ class CompressedBasis:
         # An example goes through (old + new) / new updates: each may lose its part.
         loss = (1 - ENERGY) * new / (old + new)
         energy = (old * self.energy + new) / (old + new)
-        return CarriedRows(CompressedBasis(self.blocks, energy, loss), coefficients, rows)
+        return CarriedRows(
+            CompressedBasis(self.blocks, self.weights, energy, loss), coefficients, rows
+        )
 
     @torch.no_grad()
     def updated(
@@ -184,17 +199,13 @@ class CompressedBasis:
                 f"rows={type(rows).__name__}: a compressed basis is made of factored gradients, "
                 "see safeopt.per_example.factored_gradients"
             )
-        basis = self._combined(left, right, rows)
-        products = basis.inner(basis)
-        basis.energy = self.energy * float(products.diagonal().mean()) if len(left) else 1.0
+        blocks = self._combined(left @ self.weights, right, rows)
+        products = _products(blocks, blocks, self.weights)
+        energy = self.energy * float(products.diagonal().mean()) if len(left) else 1.0
         kept = _independent(products)
-        turn = torch.zeros(len(kept), len(left), dtype=torch.float64, device=products.device)
-        turn[:, kept] = whitening(products[kept][:, kept])
-        # In place: the old basis is still there, and a second copy of the new cores would be large.
-        for index, block in enumerate(basis.blocks):
-            basis.blocks[index] = (
-                block.turned(turn) if isinstance(block, Tucker) else mixed(turn, block)
-            )
+        if len(kept) < len(left):
+            blocks = [b.select(kept) if isinstance(b, Tucker) else b[kept] for b in blocks]
+        basis = CompressedBasis(blocks, whitening(products[kept][:, kept]), energy)
         logger.info(
             "compressed basis: %d directions, %.1f%% of their energy kept, %.1f MB",
             basis.rank,
@@ -203,8 +214,8 @@ class CompressedBasis:
         )
         return basis, kept
 
-    def _combined(self, left: Tensor, right: Tensor, rows: FactoredRows) -> CompressedBasis:
-        """Directions left·U + right·G_new, compressed, as they are: not orthonormal any more."""
+    def _combined(self, left: Tensor, right: Tensor, rows: FactoredRows) -> list[Block]:
+        """Directions left·D + right·G_new, compressed: not orthonormal any more."""
         blocks: list[Block] = []
         columns = []  # of both sides of each matrix: their energies, and the bytes each one costs
         for index, block in enumerate(self.blocks):
@@ -220,7 +231,7 @@ class CompressedBasis:
         ranks = _ranks(columns, kept_energy - (1 - self._loss) * len(left))
         for index, (r_b, r_a) in ranks.items():
             blocks[index] = blocks[index].trimmed(r_b, r_a)  # type: ignore[union-attr]
-        return CompressedBasis(blocks)
+        return blocks
 
 
 def _ranks(columns: Sequence[tuple[int, Tensor, int]], loss: float) -> dict[int, tuple[int, int]]:
@@ -257,11 +268,19 @@ def _independent(products: Tensor) -> Tensor:
     return kept
 
 
+def _products(mine: Sequence[Block], theirs: Sequence[Block], like: Tensor) -> Tensor:
+    """Inner products D·D'ᵀ, float64, on the device of ``like``."""
+    sizes = len(_entries(mine[0])), len(_entries(theirs[0]))
+    total = like.new_zeros(sizes)
+    if total.numel():
+        for left, right in zip(mine, theirs, strict=True):
+            total += _inner(_full(left), _full(right)).to(total.device)
+    return total
+
+
 def _inner(mine: Block, theirs: Block) -> Tensor:
     if isinstance(mine, Tucker) and isinstance(theirs, Tucker):
-        cores = theirs.cores
-        if mine.left is not theirs.left:
-            cores = (mine.left.T @ theirs.left) @ cores @ (theirs.right.T @ mine.right)
+        cores = (mine.left.T @ theirs.left) @ theirs.cores @ (theirs.right.T @ mine.right)
         return flat_products(mine.cores.flatten(1), cores.flatten(1))
     if isinstance(mine, Tucker):
         return _inner(theirs, mine).T
@@ -269,9 +288,15 @@ def _inner(mine: Block, theirs: Block) -> Tensor:
     return flat_products(mine.flatten(1), whole.flatten(1))
 
 
+def _full(block: Block) -> Block:
+    """A block in the dtype in which it is computed with."""
+    return block.full() if isinstance(block, Tucker) else block
+
+
 def _whole(block: Block) -> Tensor:
     """A block's directions as they are, ``(k, *p.shape)``."""
     if isinstance(block, Tucker):
+        block = block.full()
         return block.left @ block.cores @ block.right.T
     return block
 
@@ -280,19 +305,11 @@ def _entries(block: Block) -> Tensor:
     return block.cores if isinstance(block, Tucker) else block
 
 
-def _rank(block: Block) -> int:
-    return len(_entries(block))
-
-
-def _device(block: Block) -> torch.device:
-    return _entries(block).device
-
-
 def _empty(p: Tensor) -> Block:
     dtype = row_dtype(p)
     if p.dim() == 2 and min(p.shape) > SMALL:
         q_b, q_a = (p.new_empty((size, 0), dtype=dtype) for size in p.shape)
-        return Tucker(q_b, p.new_empty((0, 0, 0), dtype=dtype), q_a)
+        return Tucker(q_b, p.new_empty((0, 0, 0), dtype=dtype), q_a).rounded()
     return p.new_empty((0, *p.shape), dtype=dtype)
 
 
