@@ -18,10 +18,12 @@ import torch
 
 from benchmarks.curvature.problem import SMALL, SMOLLM2, Bench, Setting
 from benchmarks.tasks import single_batches, task_loss
-from safeopt import ProjectedAdamW, SafetyProbe
+from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe
 
 OPTIMIZERS = ("adamw", "projected_adamw")
 _RATE = 1e-5
+# Refreshes so dense that the basis has all its directions after few steps.
+_EVERY = 4
 
 
 def measure_memory(setting: Setting) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def peak_after_steps(setting: Setting, name: str) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(params, lr=_RATE)
     else:
         safety = single_batches(bench.material.safety, 0, params[0].device)
-        optimizer = ProjectedAdamW(params, lr=_RATE, probe=SafetyProbe(model, safety))
+        probe, refresh = SafetyProbe(model, safety), RefreshPolicy.fixed(_EVERY)
+        optimizer = ProjectedAdamW(params, lr=_RATE, probe=probe, refresh=refresh)
     for batch in bench.task_batches(setting.memory_steps):
         optimizer.zero_grad()
         task_loss(model, batch).backward()

@@ -104,7 +104,7 @@ SMOLLM2 = Setting(
     gram_examples=32,
     gram_rank=32,
     repeats=2,
-    memory_steps=64,
+    memory_steps=36,
 )
 SMALL = Setting(
     model=TINY,
