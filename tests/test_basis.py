@@ -287,6 +287,9 @@ def test_compression_keeps_the_energy_it_promises(dtype):
     assert float((overlap * overlap).sum()) / 6 >= basis.energy - 1e-3
     vector = noise(params)
     assert relative_error(basis.coordinates(vector), whole.coordinates(vector)) < GRADIENT[dtype]
+    assert relative_error(projection(basis, vector), projection(whole, vector)) < GRADIENT[dtype]
+    written = whole.coordinates_of(DenseRows(dense_of(rows)))
+    assert relative_error(basis.coordinates_of(rows), written) < GRADIENT[dtype]
     full = CompressedBasis.empty(params)
     compressed.ENERGY, before = 1.0, compressed.ENERGY
     try:

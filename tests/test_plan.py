@@ -86,6 +86,7 @@ def test_bytes_equal_those_of_real_bases(tmp_path, lora):
     assert 0.7 * figures.bases["factored"].nbytes < real["factored"]
     for kind in ("factored", "compressed"):
         assert real[kind] <= figures.bases[kind].nbytes
+    assert 0.25 * figures.bases["compressed"].nbytes < real["compressed"]
 
 
 def test_shares_and_devices(tmp_path):

@@ -93,6 +93,7 @@ class CompressedBasis:
         weights = state["weights"].to(params[0].device)
         ranks = {len(_entries(block)) for block in blocks}
         fit = len(state["blocks"]) == len(params) and ranks == {len(weights)}
+        fit = fit and weights.shape == (len(weights), len(weights))
         if not (fit and all(_fits(b, p) for b, p in zip(blocks, params, strict=True))):
             raise ValueError(
                 f"its shapes do not fit the parameters ({len(state['blocks'])} blocks for "
@@ -274,7 +275,8 @@ def _products(mine: Sequence[Block], theirs: Sequence[Block], like: Tensor) -> T
     total = like.new_zeros(sizes)
     if total.numel():
         for left, right in zip(mine, theirs, strict=True):
-            total += _inner(_full(left), _full(right)).to(total.device)
+            full = _full(left)
+            total += _inner(full, full if right is left else _full(right)).to(total.device)
     return total
 
 
