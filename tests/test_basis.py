@@ -80,6 +80,12 @@ def projection(basis, vector):
     return torch.cat([x.double().flatten() for x in out])
 
 
+def projected_again(basis, once, like):
+    """The projection of a projection, which is given flat."""
+    parts = once.split([v.numel() for v in like])
+    return projection(basis, [x.view_as(v).to(v) for x, v in zip(parts, like, strict=True)])
+
+
 def noise(params, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) for p in params]
@@ -114,9 +120,7 @@ def test_same_projection_as_dense(kind, dtype, make):
         # Energies, the squares of lengths, are known to the dtype's rounding.
         rounding = {torch.float32: 1e-3, torch.float64: 1e-6}[dtype]
         assert relative_error(once, dense) < (rounding if kind == "compressed" else 1e-5)
-    parts = once.split([v.numel() for v in vector])
-    again = projection(basis, [x.view_as(v).to(v) for x, v in zip(parts, vector, strict=True)])
-    assert relative_error(again, once) < 10 * ORTHONORMAL[dtype]
+    assert relative_error(projected_again(basis, once, vector), once) < 10 * ORTHONORMAL[dtype]
     in_basis = basis.coordinates_of(rows)
     one_by_one = [basis.coordinates([block[i] for block in dense_of(rows)]) for i in range(5)]
     assert relative_error(in_basis, torch.stack(one_by_one)) < GRADIENT[dtype]
@@ -317,9 +321,7 @@ def test_what_is_computed_in_float32_is_stored_in_half_of_it(dtype, monkeypatch)
     assert identity.abs().max() < ORTHONORMAL[dtype]
     vector = inside(rows, noise(params))
     once = projection(basis, vector)
-    parts = once.split([v.numel() for v in vector])
-    again = projection(basis, [x.view_as(v).to(v) for x, v in zip(parts, vector, strict=True)])
-    assert relative_error(again, once) < 10 * ORTHONORMAL[dtype]
+    assert relative_error(projected_again(basis, once, vector), once) < 10 * ORTHONORMAL[dtype]
 
 
 @lossy

@@ -52,15 +52,17 @@ class Tucker:
         first = min(r_b * (d_out * d_in + r_a * d_in), r_a * (d_out * d_in + r_b * d_out))
         return first + k * r_b * r_a
 
+    def to(self, dtype: torch.dtype) -> Tucker:
+        """In another dtype."""
+        return Tucker(self.left.to(dtype), self.cores.to(dtype), self.right.to(dtype))
+
     def rounded(self) -> Tucker:
         """As it is stored."""
-        dtype = stored_dtype(self.cores.dtype)
-        return Tucker(self.left.to(dtype), self.cores.to(dtype), self.right.to(dtype))
+        return self.to(STORED) if self.cores.dtype == torch.float32 else self
 
     def full(self) -> Tucker:
         """In the dtype in which it is computed with."""
-        dtype = row_dtype(self.cores)
-        return Tucker(self.left.to(dtype), self.cores.to(dtype), self.right.to(dtype))
+        return self.to(row_dtype(self.cores))
 
     def restored(self) -> Tucker:
         """The same directions in `full`, between columns that are orthonormal again."""
@@ -92,11 +94,6 @@ class Tucker:
             self.cores[:, :r_b, :r_a].clone(),
             self.right[:, :r_a].clone(),
         )
-
-
-def stored_dtype(computed: torch.dtype) -> torch.dtype:
-    """The dtype in which Tucker forms that are computed in another are kept."""
-    return STORED if computed == torch.float32 else computed
 
 
 def compressed(
