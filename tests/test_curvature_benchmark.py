@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -123,6 +124,21 @@ def test_a_finished_part_is_not_run_again(folder, monkeypatch):
     before = (folder / "result.json").read_text()
     runner.run(SMALL, folder, QUIET)
     assert (folder / "result.json").read_text() == before
+
+
+def test_parts_of_another_commit_are_told_apart(folder, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(folder, out)
+    assert "Not all parts are of one commit" not in report(out, QUIET).read_text()
+    path = out / "parts" / "gram.json"
+    part = json.loads(path.read_text())
+    part["origin"]["commit"] = "earlier"
+    path.write_text(json.dumps(part))
+    runner.run(SMALL, out, QUIET)
+    origins = read(out)[1].origins
+    assert origins["gram"].commit == "earlier"
+    assert len({origin.commit for origin in origins.values()}) == 2
+    assert "Not all parts are of one commit" in report(out, QUIET).read_text()
 
 
 def test_parts_of_another_setting_are_refused(folder):

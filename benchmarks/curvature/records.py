@@ -95,12 +95,20 @@ class CurvatureResult(Row):
     aic: list[AicRow] = Field(default_factory=list)
 
 
+class Origin(Row):
+    """Of which commit a part is, and on which processor it ran."""
+
+    commit: str | None
+    processor: str
+
+
 class Details(Row):
     """``details.json``.
 
     Attributes:
         setting: what was run.
-        environment: versions, processor and threads.
+        environment: versions, processor and threads of the call that finished the run.
+        origins: where each part comes from, which may be an earlier call's.
         peers: versions of the peers; None for those that are not installed.
         parts: what each part measured besides its rows.
         skipped: parts that did not run, and why.
@@ -109,6 +117,7 @@ class Details(Row):
     setting: dict[str, Any]
     environment: dict[str, Any]
     peers: dict[str, str | None]
+    origins: dict[str, Origin] = Field(default_factory=dict)
     parts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     skipped: dict[str, str] = Field(default_factory=dict)
 

@@ -189,5 +189,7 @@ def _markdown(tables: Sequence[tuple[str, Sequence[str], Cells]], details: Detai
         lines += [f"| {' | '.join(row)} |" for row in cells]
     versions = ", ".join(f"{name} {found}" for name, found in details.peers.items() if found)
     lines += ["", f"Peers: {versions}."]
+    if len({(origin.commit, origin.processor) for origin in details.origins.values()}) > 1:
+        lines += ["", "Not all parts are of one commit and machine, see `origins` in the details."]
     lines += [f"Not run: {name} ({reason})." for name, reason in details.skipped.items()]
     return "\n".join(lines) + "\n"

@@ -32,6 +32,7 @@ from benchmarks.curvature.records import (
     Details,
     EigenpairsRow,
     GramRow,
+    Origin,
     write,
 )
 from benchmarks.curvature.storage import over_adapters, over_all_parameters
@@ -45,7 +46,7 @@ Listener = Callable[[int], None]
 
 
 class Part(BaseModel):
-    """What one part has found: its rows by the field of the result, and the rest."""
+    """What one part has found: its rows by the field of the result, the rest, and its origin."""
 
     eigenpairs: list[EigenpairsRow] = []
     gram: GramRow | None = None
@@ -53,6 +54,7 @@ class Part(BaseModel):
     aic: list[AicRow] = []
     details: dict[str, Any] = {}
     skipped: str | None = None
+    origin: Origin | None = None
 
 
 def run(setting: Setting, out: Path, console: Console) -> CurvatureResult:
@@ -71,6 +73,8 @@ def run(setting: Setting, out: Path, console: Console) -> CurvatureResult:
     names = [name for name, _ in _jobs(None)]
     found = {name: part for name in names if (part := _read(folder / f"{name}.json"))}
     if len(found) < len(names):
+        here = environment()
+        origin = Origin(commit=here["commit"], processor=here["processor"])
         with console.status(f"loading {setting.model}"):
             bench = Bench(setting)
         with _progress(console) as progress:
@@ -81,6 +85,7 @@ def run(setting: Setting, out: Path, console: Console) -> CurvatureResult:
                     found[name] = _run_part(
                         job, lambda n: progress.update(bar, state=f"{n} model calls")
                     )
+                    found[name].origin = origin
                     write(found[name], folder / f"{name}.json")
                     _say(progress.console, name, found[name])
                     progress.advance(bar)
@@ -173,6 +178,7 @@ def _finish(setting: Setting, out: Path, found: dict[str, Part]) -> CurvatureRes
     details = Details(
         setting=setting.as_json(),
         environment=environment(),
+        origins={name: part.origin for name, part in found.items() if part.origin},
         peers={package: version(package) for package in packages},
         parts={name: part.details for name, part in found.items() if part.details},
         skipped={name: part.skipped for name, part in found.items() if part.skipped},
