@@ -79,7 +79,7 @@ def test_a_model_is_diagnosed_and_protected(name):
     params = trainable(model)
     batch, task = batch_for(name, 0), [batch_for(name, 1), batch_for(name, 2)]
     probe = SafetyProbe(model, [batch])
-    result = diagnose(probe, task, rank=2, resamples=5)
+    result = diagnose(probe, task, rank=2)
 
     rows = []
     for row in range(len(batch["input_ids"])):

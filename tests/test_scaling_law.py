@@ -44,7 +44,7 @@ def test_a_system_that_starts_orthogonal_breaches_when_the_law_says():
     scale, values = 2.0, torch.tensor([3.0, 1.0], dtype=torch.float64)
     rows = (scale * values).sqrt()[:, None] * axes[[0, 2]]
     probe = probe_of(model, torch.cat([rows, -rows]))
-    result = diagnose(probe, [0, 0], task_loss=lambda m, _: m.task(), rank=2, resamples=5)
+    result = diagnose(probe, [0, 0], task_loss=lambda m, _: m.task(), rank=2)
     rate = 1e-3
     law = OnsetForecast(result.figures.coupling, result.figures.drift, rate)
 

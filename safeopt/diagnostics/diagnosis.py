@@ -112,7 +112,6 @@ def diagnose(
     examples: int = 32,
     task_loss: Loss = "causal_lm",
     thresholds: Thresholds | None = None,
-    resamples: int = 500,
     seed: int = 0,
     listener: Listener = lambda stage, done, total: None,
 ) -> Diagnosis:
@@ -131,8 +130,7 @@ def diagnose(
         examples: safety examples to use, at most; drawn from the probe by ``seed``.
         task_loss: ``"causal_lm"`` or a function, see `safeopt.curvature.operators.objective`.
         thresholds: where the conditions begin to hold; the defaults are `Thresholds`'s.
-        resamples: bootstrap samples, at least 1.
-        seed: of the examples' draw and the bootstrap.
+        seed: of the examples' draw.
         listener: called with what is being done, the passes done and those to do.
 
     Returns:
@@ -143,14 +141,12 @@ def diagnose(
             safety examples, there are fewer than two task batches, no parameter is trained, or the
             safety gradients vanish, so that there is no curvature to look at.
 
-    Cost: one forward and one backward pass over the safety examples; for each task batch one
-    gradient and one Hessian-vector product. No basis is formed. Memory: see
+    Cost: one forward and one backward pass over the safety examples; for each of B task batches one
+    gradient and B Hessian-vector products, which share a graph. No basis is formed. Memory: see
     `safeopt.diagnostics.measure`.
     """
     if isinstance(task, (str, bytes)) or len(task) < 2:
         raise ValueError(f"task: {len(task)} batch(es); an interval needs at least two")
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: expected at least 1")
     if examples < 2:
         raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
     chosen = HessianOperator(probe.model, list(task), task_loss, params=params)
@@ -173,7 +169,7 @@ def diagnose(
             'to look at; a probe with loss="kl" has none at its own reference: use loss="nll"'
         )
     point = figures(evidence, k)
-    spread = intervals(evidence, k, point, resamples=resamples, seed=seed)
+    spread = intervals(evidence, k, point)
     bounds = thresholds or Thresholds()
     conditions = judge(evidence, k, point, spread, bounds)
     result = Diagnosis(

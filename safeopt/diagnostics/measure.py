@@ -8,7 +8,7 @@ vectors v, so that neither the basis U nor a projected vector is ever formed:
 |---|---|
 | one forward and one backward pass over the safety examples | G, for each parameter GGᵀ |
 | the same over each task batch | g_b, and Adam's first update u_b = g_b/(abs(g_b) + 1e-8) |
-| one Hessian-vector product with each batch | H_b ḡ |
+| B Hessian-vector products with each batch, on one graph | H_b g_c |
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Evidence:
         gradient_energy: ‖ḡ‖² of each parameter, shape ``(P,)``.
         update: G·u_b, shape ``(m, B)``.
         update_norms: ‖u_b‖, shape ``(B,)``.
-        bending: G·H_b ḡ, shape ``(m, B)``.
+        bending: G·H_b g_c, shape ``(m, B, B)``.
         bending_norm: ‖Hḡ‖.
         products: the backend of the Hessian-vector products.
         passes: forward and backward passes made, by kind.
@@ -118,7 +118,7 @@ def measure(
 
     Returns:
         The evidence. Memory: m·n numbers, or the factors of `safeopt.factored` where these are more
-        than 1 GiB, and B·n numbers of task gradients; n numbers for each Hessian-vector product.
+        than 1 GiB, and 2·B·n numbers of task gradients and their Hessian-vector products.
 
     Raises:
         TypeError: if the parameters are sharded.
@@ -151,20 +151,20 @@ def measure(
         sum((float(w) * g for w, g in zip(shares, parts, strict=True)), torch.zeros_like(parts[0]))
         for parts in zip(*gradients, strict=True)
     ]
+    stacked = [torch.stack(parts) for parts in zip(*gradients, strict=True)]
     bent, total_bending = [], [torch.zeros_like(part) for part in mean]
     operator = HessianOperator(probe.model, task[:1], task_loss, params=params)
     for index, batch in enumerate(task):
         listener("Hessian-vector products", 1 + len(task) + index, total)
         kind = operator.chosen_products()  # found out once, on the first batch
-        product = operator.on([batch]).matvec(mean)
-        for sum_of, part in zip(total_bending, product, strict=True):
-            sum_of += float(shares[index]) * part
-        bent.append(along(rows, product))
+        products = operator.on([batch]).matmat(stacked)
+        for sum_of, part in zip(total_bending, products, strict=True):
+            sum_of += torch.tensordot(float(shares[index]) * shares.to(part), part, dims=1)
+        bent.append(torch.stack([along(rows, v) for v in zip(*products, strict=True)], dim=1))
     counts = operator.counts
     passes["task_forward"] += counts.forward
     passes["task_backward"] += counts.backward + counts.double_backward
     listener("figures", total - 1, total)
-    stacked = [torch.stack(parts) for parts in zip(*gradients, strict=True)]
     return Evidence(
         names=list(names),
         sizes=[p.numel() for p in params],
