@@ -123,10 +123,12 @@ def correlations(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 def calibration(curve: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
     """Forecast when a loss is reached from the first half of a run, and when it was.
 
-    The budget is the rise that the run reached after 80% of its steps.
+    The budget is the rise that the run reached after 80% of its steps. None where there is no rise.
     """
     steps = [step for step, _ in curve]
     start, budget = curve[0][1], curve[round(_BUDGET * (len(curve) - 1))][1] - curve[0][1]
+    if budget <= 0:
+        return None
     reached = next(step for step, loss in curve if loss - start >= budget)
     known = [point for point in curve if point[0] <= _KNOWN * steps[-1]]
     try:

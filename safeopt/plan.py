@@ -3,8 +3,9 @@
 The model is built on the meta device: shapes without weights. From them follow the bytes of
 parameters, gradients, AdamW's state and each kind of basis, and, with a few stated assumptions, the
 work of a refresh and of a step in units of a training step. One token costs one multiplication for
-each weight of a matrix in the forward pass and two in the backward pass, so a training step on T
-tokens costs 3·T units; attention's own products are left out on both sides.
+each weight of a matrix in the forward pass and two in the backward pass, one of them for the
+weight's own gradient, which a frozen weight has not: a training step on T tokens costs 3·T units,
+with adapters 2·T. Attention's own products are left out on both sides.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def plan(
         trained_layers = _sites(layers, assumed, set(targets), lora)
         size, own = _FLOAT32, _FLOAT32 * sum(s.numel() for s in shapes)
     trained = sum(shape.numel() for shape in shapes)
-    share = 1 / (3 * assumed.tokens_per_step * total)
+    share = 1 / ((3 if lora is None else 2) * assumed.tokens_per_step * total)
     direct = rank * trained
     compressed, work = _compressed(shapes, rank, assumed.side_rank)
     factored, passes = trained_layers

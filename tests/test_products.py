@@ -322,6 +322,25 @@ def test_finite_differences_are_two_gradients_once_the_step_is_known():
     assert operator.counts.backward - before["backward"] == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_vector_without_effect_does_not_spoil_the_next_ones_step(dtype):
+    """As a token that no example has."""
+    model = nn.Linear(5, 3, bias=False, dtype=dtype)
+    differences = Differences(model, [model.weight])
+
+    def cube():
+        return [model.weight[:, 1:] ** 3]
+
+    without_effect, vector = torch.zeros(2, 3, 5, dtype=dtype)
+    without_effect[:, 0] = 1
+    vector[:, 1:] = 1
+    expected = 3 * model.weight.detach()[:, 1:] ** 2
+    for _ in range(2):
+        assert differences.along([without_effect], cube)[0].abs().max() == 0
+        (derivative,) = differences.along([vector], cube)
+        assert relative_error(derivative.flatten(), expected.flatten()) < FINITE
+
+
 def test_differences_of_a_cubic():
     """f = Σ θ³/3: f' is known; the zero vector and a vector that is not finite are handled."""
     model = nn.Linear(5, 3, bias=False).double()

@@ -62,6 +62,16 @@ def test_overlap_is_that_of_dense_projectors():
     for score in overlap_scores(rows, names, inside, rank=4, modes=3):
         assert score.share > 0.5 > score.share_matched
         assert score.energy_kept == pytest.approx(1, abs=0.2)
+    # Where the change has a lower rank than modes are asked for, its own directions count alone.
+    row = inside[0][0]
+    thin = torch.outer(inside[0] @ row, row)
+    thin_score = overlap_scores(rows, names, [thin, torch.zeros_like(inside[1])], modes=8)
+    assert thin_score[0].modes_random == 1 / len(thin)
+    left = torch.linalg.svd(inside[0])[0][:, 0]
+    own = (left @ thin).square().sum() / thin.square().sum()
+    assert thin_score[0].mode_overlap == pytest.approx(float(own), rel=1e-8)
+    assert thin_score[0].energy_kept == pytest.approx(float(own), rel=1e-8)
+    assert thin_score[1].energy_kept is thin_score[1].mode_overlap is None
     with pytest.raises(ValueError, match="changes: 1 changes for 2 weights"):
         overlap_scores(rows, names, changes[:1])
     with pytest.raises(ValueError, match="modes=0"):

@@ -35,3 +35,5 @@ def test_the_breach_is_forecast_from_the_first_half_only():
     bent = [(step, 0.1 + 1e-3 * step**2 + 10.0 * (step > 10)) for step in steps]
     assert calibration(bent)["power"]["step"] > 100, "what comes later is not known"
     assert calibration([(step, 0.1) for step in steps]) is None
+    fallen = [(step, 0.1 + 0.1 * (step < 10) * (step > 0) - 0.05 * (step > 10)) for step in steps]
+    assert calibration(fallen) is None, "it ended below its start"

@@ -1,5 +1,7 @@
 """Tracking of an eigenspace on matrices whose drift is known."""
 
+import math
+
 import pytest
 import torch
 from test_krylov import Dense, as_basis, decaying, flat
@@ -70,6 +72,16 @@ def test_zero_eigenvalues_are_left_out():
     matrix = matrix_of(torch.cat([torch.tensor([3.0, 2.0]).double(), decaying()[2:] * 0]))
     assert drift(Dense(matrix), exact(matrix)) < 1e-8
     assert drift(Dense(matrix * 0), exact(matrix * 0)) == 0
+
+
+def test_a_space_of_zero_eigenvalues_does_not_stay():
+    """Nothing of the first matrix speaks for it in another one."""
+    matrix = matrix_of(decaying())
+    tracker = EigenspaceTracker(RANK, tolerance=1e-6)
+    tracker.update(Dense(matrix * 0))
+    assert tracker.update(Dense(matrix * 0)) == ("kept", 0.0)
+    assert tracker.update(Dense(matrix)) == ("cold", math.inf)
+    assert relative_residuals(matrix, tracker.pairs).max() < 1e-5
 
 
 def test_keeps_updates_or_starts_anew_by_the_drift():

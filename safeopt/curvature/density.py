@@ -58,15 +58,23 @@ def hutch_pp(operator: SymmetricOperator, products: int = 48, *, seed: int = 0) 
     space = RowSpace(operator, seed)
     sketched = min(products // 3, space.size)
     with operator.retained():
+        if sketched == space.size:  # signs as many may depend on one another
+            q = space.orthonormal(space.random(sketched), space.empty())
+            return TraceEstimate(_trace(space, q), 0.0, space.spent)
         q = space.orthonormal(space.products(space.signs(sketched)), space.empty())
-        exact = float(inner_products([q], [space.products(q)]).trace())
-        if sketched == space.size:
-            return TraceEstimate(exact, 0.0, space.spent)
+        if not len(q):
+            return TraceEstimate(0.0, 0.0, space.spent)
+        exact = _trace(space, q)
         rest = space.signs(products - 2 * sketched)
         space.remove(rest, q)
         samples = _row_products(rest, space.products(rest))
     error = float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
     return TraceEstimate(exact + float(samples.mean()), error, space.spent)
+
+
+def _trace(space: RowSpace, q: Tensor) -> float:
+    """tr(QHQᵀ): one product for each row of an orthonormal basis."""
+    return float(inner_products([q], [space.products(q)]).trace())
 
 
 @dataclass(frozen=True)

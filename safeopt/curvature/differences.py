@@ -102,7 +102,8 @@ class Differences:
                 enough = realised > 0 and delta > 0 and low <= correction <= high
                 correction = min(max(correction, 1 / _LARGEST_CORRECTION), _LARGEST_CORRECTION)
                 length *= correction
-                self._length = length
+                if delta:  # a vector of no consequence tells nothing of the next one's step
+                    self._length = length
                 if enough:
                     break
         finally:

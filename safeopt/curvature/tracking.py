@@ -66,7 +66,8 @@ def drift(
 
     Returns:
         0 where the space is still invariant, 1 where as much leaves it as stays, infinity where H
-        maps it to nothing of itself. Pairs with λ = 0 are left out.
+        maps it to nothing of itself. Pairs with λ = 0 are left out; where all are, infinity unless
+        H still maps them to zero.
 
     Raises:
         ValueError: if ``products`` is smaller than 1.
@@ -75,6 +76,8 @@ def drift(
         raise ValueError(f"products={products}: at least one combination of the eigenvectors")
     values = pairs.eigenvalues
     live = (values.abs() > 1e-12 * values.abs().max()).nonzero().squeeze(1)
+    if zero := not len(live):
+        live, values = torch.arange(len(values)), torch.ones_like(values)
     space = RowSpace(operator, seed)
     basis = space.flat(pairs.basis.blocks)
     generator = torch.Generator().manual_seed(seed)
@@ -85,6 +88,8 @@ def drift(
         image = space.products(mix.to(basis) @ basis)
     inside = float(torch.linalg.vector_norm(space.remove(image, basis)))
     outside = float(torch.linalg.vector_norm(image, dtype=torch.float64))
+    if zero:
+        return math.inf if inside or outside else 0.0
     if outside == 0:
         return 0.0
     return outside / inside if inside > 0 else math.inf

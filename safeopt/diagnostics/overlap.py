@@ -8,7 +8,8 @@ For each weight matrix with change ΔW = W_after − W_before:
 - **energy kept** and **mode overlap**, the figures with which Ponkshe et al. 2025 (arXiv
   2505.14185) argue that safety has no subspace of its own. With D an alignment update, U_r its top
   r left singular vectors and V_r those of ΔW: ‖U_rU_rᵀΔW‖²/‖ΔW‖² and ‖U_rᵀV_r‖²/r. Both are
-  r/d_out for random subspaces of d_out dimensions.
+  r/d_out for random subspaces of d_out dimensions. r is no larger than the rank of either: beyond
+  it singular vectors are arbitrary.
 
 The paper takes D = W_aligned − W_unaligned. Where the unaligned model is not at hand, D is the mean
 safety gradient at the aligned model: one small step of alignment. Say which one it was.
@@ -29,7 +30,7 @@ from safeopt.factored import FactoredRows
 
 @dataclass(frozen=True)
 class OverlapScore:
-    """One weight's figures. Where ΔW is zero all shares are 0.
+    """One weight's figures. Where ΔW is zero its shares are 0.
 
     Attributes:
         name: of the module.
@@ -39,7 +40,7 @@ class OverlapScore:
         share_random: the same expected for a random direction, k/n.
         share_matched: mean over random matrices with ΔW's singular values.
         energy_kept: share of ‖ΔW‖² in the alignment update's top r left singular vectors; None for
-            what is no matrix, likewise the following.
+            what is no matrix and where ΔW or the update is zero, likewise the following.
         mode_overlap: overlap of the top r left singular vectors of both.
         modes_random: what both are for random subspaces, r/d_out.
     """
@@ -115,12 +116,13 @@ def overlap_scores(
             if update is None:
                 update = torch.zeros_like(change)
                 rows.add_into(index, update, torch.full((len(rows),), 1 / len(rows)))
-            target = torch.linalg.svd(update.to(change), full_matrices=False)[0][:, :modes]
-            r = target.shape[1]
-            energy = float((target.T @ change).double().square().sum())
-            kept = energy / norm**2 if norm > 0 else 0.0
-            overlap = float((target.T @ u[:, :r]).double().square().sum()) / r if norm > 0 else 0.0
-            chance = r / len(change)
+            target, strengths, _ = torch.linalg.svd(update.to(change), full_matrices=False)
+            r = min(modes, _rank(sizes, change), _rank(strengths, change))
+            if r:
+                target = target[:, :r]
+                kept = float((target.T @ change).double().square().sum()) / norm**2
+                overlap = float((target.T @ u[:, :r]).double().square().sum()) / r
+                chance = r / len(change)
             alike = [share(_turned(sizes, u.shape, v.shape, generator)) for _ in range(draws)]
             matched = sum(alike) / draws
         scores.append(
@@ -137,6 +139,12 @@ def overlap_scores(
             )
         )
     return scores
+
+
+def _rank(sizes: Tensor, matrix: Tensor) -> int:
+    """The number of singular values that are not rounding."""
+    threshold = sizes.max() * max(matrix.shape) * torch.finfo(sizes.dtype).eps
+    return int((sizes > threshold).sum())
 
 
 def _turned(
