@@ -11,8 +11,10 @@ inside a module, so each one's gradient can be read off locally:
 The sum over the examples is checked against autograd's total gradient. Parameters where the two
 differ, or whose layer's input and output do not hold one row an example (a layer works on flattened
 tokens, mixes examples, or a parameter is used outside its own module), are computed by a loop over
-the examples instead, and remembered. Mixing in a layer without parameters of its own leaves the sum
-as it is and is not noticed: the rows are then each example's share of the total gradient.
+the examples instead, and remembered. An input without a dimension for tokens does not count as one
+row an example: an expert that is given m tokens looks like that, and its sum is right. Mixing in a
+layer without parameters of its own leaves the sum as it is and is not noticed: the rows are then
+each example's share of the total gradient.
 
 Cost: one forward and one backward pass of the batch, and ``m`` numbers for each parameter.
 
@@ -245,7 +247,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         own = self._owned[module]
         self.rounded |= b.dtype.itemsize < 4
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if first is None or not first.shape[0] == b.shape[0] == self.examples:
+        if first is None or not self._one_row_each(module, first, b):
             self.mixed.update(own.values())
         elif type(module).forward is nn.Linear.forward:
             self._linear(own, first, b)
@@ -253,6 +255,12 @@ class Recorder(AbstractContextManager["Recorder"]):
             self._embedding(module, own["weight"], first, b)
         else:
             self._local_products(module, own, args, kwargs, b)
+
+    def _one_row_each(self, module: nn.Module, first: Tensor, b: Tensor) -> bool:
+        """Whether input and output have a row for each example, and not for each token."""
+        dimensions = 2 if _plain_embedding(module) else 3
+        flattened = self.examples > 1 and first.dim() < dimensions
+        return first.shape[0] == b.shape[0] == self.examples and not flattened
 
     def _linear(self, own: dict[str, int], a: Tensor, b: Tensor) -> None:
         b = b.reshape(self.examples, -1, b.shape[-1])

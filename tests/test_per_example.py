@@ -109,6 +109,34 @@ class Flat(nn.Module):
         return self.expert(x.reshape(-1, 8)).view(x.shape)
 
 
+class Routed(nn.Module):
+    """An expert that is given the tokens whose first feature is above a threshold."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert = nn.Linear(8, 8)
+        self.threshold = 0.0
+        self.given = 0
+
+    def forward(self, x):
+        flat = x.reshape(-1, 8)
+        chosen = (flat[:, 0] > self.threshold).nonzero().squeeze(1)
+        self.given = len(chosen)
+        return torch.zeros_like(flat).index_add(0, chosen, self.expert(flat[chosen])).view(x.shape)
+
+
+class Positions(nn.Module):
+    """Learned positions of the last three tokens, looked up once for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 8)
+
+    def forward(self, x):
+        places = self.embedding(torch.arange(3))
+        return nn.functional.pad(places, (0, 0, x.shape[1] - 3, 0)).expand(x.shape)
+
+
 class TupleOutput(nn.Module):
     """A layer with a parameter of its own that returns more than one tensor."""
 
@@ -199,6 +227,22 @@ def test_unusual_layers_in_one_pass(middle):
 def test_fallback_to_the_loop(middle):
     """The parameters that hooks cannot serve need one more pass for each of the five examples."""
     check(Toy(middle()).double(), safety_batch(), passes=1 + 5)
+
+
+def test_an_expert_with_as_many_tokens_as_examples_is_no_row_an_example():
+    model, batch = Toy(Routed()).double(), safety_batch(seed=4)
+    tokens = batch["input_ids"][batch["attention_mask"].bool()]
+    with torch.no_grad():
+        scores, _ = torch.tanh(model.inner(model.embedding(tokens)))[:, 0].sort(descending=True)
+    model.middle.threshold = float((scores[4] + scores[5]) / 2)
+    check(model, batch, passes=1 + 5)
+    model(batch["input_ids"])
+    assert model.middle.given == 5, "of five examples"
+
+
+def test_positions_as_many_as_examples_are_no_row_an_example():
+    three = {name: x[:3] for name, x in safety_batch(prompts=(4,) * 3, responses=(3,) * 3).items()}
+    check(Toy(Positions()).double(), three, passes=1 + 3)
 
 
 def test_fallback_is_remembered_for_the_parameters_that_need_it():
