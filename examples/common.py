@@ -42,7 +42,7 @@ class Place:
 def place(description: str | None) -> Place:
     """Read the command line; with ``SAFEOPT_TINY=1`` make a tiny world instead."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", required=not TINY, help="an aligned chat model: it must refuse")
     parser.add_argument("--train", default="train.jsonl")
     parser.add_argument("--pairs", default="pairs.jsonl")
     parser.add_argument("--safety", default="prompts.jsonl")

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer, all parameters: the basis is stored in a quarter of its memory."""
+"""Hugging Face Trainer, all parameters."""
 
 from common import TINY, place
 from datasets import load_dataset
@@ -40,6 +40,6 @@ trainer = Trainer(
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     processing_class=tokenizer,
 )
-protect(trainer, here.safety, basis="int8")
+protect(trainer, here.safety)
 trainer.train()
 trainer.save_model(here.out)

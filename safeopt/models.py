@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
             it is no causal language model.
     """
     import transformers
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name_or_path)
@@ -44,10 +46,19 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"a model of type {config.model_type} does not continue a text")
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, **{"dtype" if renamed else "torch_dtype": dtype}, **where
+        # By itself it raises for wrong shapes, too, but names them only in its log.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **{"dtype" if renamed else "torch_dtype": dtype},
+            **where,
         )
-    except (OSError, ValueError, ImportError) as error:
+        model, found = loaded
+        _check_shapes(found["mismatched_keys"])
+    except SafetensorError as error:
+        raise damaged_weights(f"model={name_or_path}", error) from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(
             f"model={name_or_path}: expected the folder, the hub name or the .gguf file of a "
             f"causal language model ({str(error).strip().splitlines()[0]})"
@@ -57,6 +68,28 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def damaged_weights(given: str, error: Exception) -> ValueError:
+    """The error for weights that no library can read.
+
+    Args:
+        given: the argument and what was given, as ``name=value``.
+        error: what the library says.
+    """
+    return ValueError(
+        f"{given}: its weights cannot be read ({error}); a *.safetensors file was cut off, is "
+        "damaged, or is only a pointer of Git LFS; fetch it again"
+    )
+
+
+def _check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuse weights that were left out since their shapes are not the configuration's."""
+    name, given, needed = min(mismatched, default=(None, (), ()))
+    if name is not None:
+        raise ValueError(
+            f"{name} has the shape {tuple(given)}, and the configuration asks for {tuple(needed)}"
+        )
 
 
 def _forget_quantisation(model: Any) -> None:

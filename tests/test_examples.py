@@ -53,6 +53,15 @@ def test_an_example_runs(name, tiny, monkeypatch):
     assert (tiny / WRITES[name]).is_file()
 
 
+def test_an_example_asks_for_a_model(tiny, monkeypatch, capsys):
+    """None is the default: one that refuses nothing has nothing to protect."""
+    monkeypatch.delenv("SAFEOPT_TINY")
+    monkeypatch.setattr(sys, "argv", ["trainer.py"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FOLDER / "trainer.py"), run_name="__main__")
+    assert "the following arguments are required: --model" in capsys.readouterr().err
+
+
 def launched(command, environment, seconds):
     """Run a launcher to its end; if that does not come, its workers end with it.
 

@@ -54,6 +54,67 @@ def test_overwriting_leaves_nothing_of_the_run_before(files, tmp_path):
     assert (tmp_path / "notes.txt").exists(), "only what a run writes is removed"
 
 
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("mode", [{}, {"overwrite": True}, {"resume": True}])
+@pytest.mark.parametrize(
+    ("place", "out", "words"),
+    [
+        ("work/model", "work", "is"),
+        ("work/adapter", "link", "is"),
+        ("link/checkpoint-4", "work", "is"),
+        ("work/model/deep", "work", "lies in"),
+    ],
+)
+def test_a_run_does_not_write_where_its_model_lies(files, tmp_path, mode, place, out, words):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    model = shutil.copytree(files / "model", tmp_path / place, dirs_exist_ok=True)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"model={model}: it {words} .*, which the run writes"):
+        prepare(config(files, tmp_path / out, model=str(model), full=True, **mode))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["train", "safety", "harmless", "chat_template"])
+def test_starting_again_does_not_remove_the_data(files, tmp_path, name):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    inside = shutil.copy(files / "train.jsonl", folder / "mine.txt")
+    outside = shutil.copy(files / "train.jsonl", tmp_path / "mine.txt")
+    link = folder / "link.txt"
+    link.symlink_to(outside)
+    before = contents(tmp_path)
+    for path in (inside, link):
+        with pytest.raises(ValueError, match=f"{name}={path}: it lies in {folder}, which"):
+            prepare(config(files, tmp_path, overwrite=True, **{name: path}))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_the_result_of_another_run_is_a_run(files, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match=rf"holds a run already \({name}\)"):
+        prepare(config(files, tmp_path))
+
+
+def test_starting_again_removes_a_link_and_not_what_it_leads_to(files, tmp_path):
+    (tmp_path / "real").mkdir()
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    out.symlink_to("real")
+    run(prepare(config(files, out, max_steps=1)))
+    (out / "adapter").rename(kept)
+    (out / "adapter").symlink_to(kept)
+    before = contents(kept)
+    again = run(prepare(config(files, out, max_steps=2, overwrite=True)))
+    assert again.report["steps"] == 2
+    assert contents(kept) == before
+    assert not (out / "adapter").is_symlink()
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_resumed_run_keeps_its_choices(files, tmp_path):
     run(prepare(config(files, tmp_path, max_steps=2)))
     for change in ({"optimizer": "adamw"}, {"lora_rank": 4}, {"train": files / "harmless.jsonl"}):
@@ -112,6 +173,21 @@ def test_what_is_left_of_a_damaged_run_is_resumed(finished, files, tmp_path):
     ends = [load_file(x / "adapter" / "adapter_model.safetensors") for x in (finished, out)]
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
     assert resumed.report["steps"] == 4
+
+
+def test_a_damaged_result_has_no_profile(finished, files, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    weights = out / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"run={out / 'adapter'}: its weights cannot be read"):
+        load_finished(out, None, 8)
+
+
+def test_a_profile_is_not_made_where_it_cannot_be_written(finished, monkeypatch):
+    monkeypatch.setattr("safeopt.diagnostics.profile.curvature_profile", None)
+    wrong = CliRunner().invoke(app, ["profile", "--run", str(finished), "--out", __file__])
+    assert wrong.exit_code == 2, wrong.output
+    assert f"out={__file__}: it is a file; expected a folder" in wrong.output
 
 
 def changed(report, **entries):

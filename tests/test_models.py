@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import gguf
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import tiny_llama, tiny_tokenizer
 from transformers import T5Config
 
 from safeopt.data import ChatExample, encode
@@ -83,3 +85,40 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"model=.*{name}.*{words}"):
             load_causal_lm(str(tmp_path / name))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a model and its tokenizer."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+DAMAGES = {
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "a pointer": lambda whole: b"version https://git-lfs.github.com/spec/v1\nsize 12345\n",
+    "empty": lambda whole: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_one_sentence(damage, saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(DAMAGES[damage](weights.read_bytes()))
+    with pytest.raises(ValueError, match=r"cannot be read .*Git LFS; fetch it again") as refused:
+        load_causal_lm(str(saved))
+    assert str(refused.value).startswith(f"model={saved}: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_of_other_shapes_are_named(saved):
+    settings = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    settings["intermediate_size"] += 4
+    (saved / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"down_proj\.weight has the shape \(.*asks for"
+    ) as refused:
+        load_causal_lm(str(saved))
+    assert str(refused.value).startswith(f"model={saved}: ")
+    assert "\n" not in str(refused.value)

@@ -14,6 +14,8 @@ import torch
 from test_restore import HARMFUL, HARMLESS, NEW_ANSWER, REFUSAL, aligned, chats, load  # noqa: F401
 from tiny_models import safety_batch, task_step, tiny_llama, trainable, with_lora
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
+from transformers.optimization import Adafactor
 
 from safeopt import PreconditionedSGD, ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
 from safeopt.diagnostics.monitor import SafetyMonitor
@@ -536,6 +538,23 @@ SCHEDULERS = {
     "chained": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.ExponentialLR(o, 0.9)]
     ),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.8, 4, cycle_momentum=False),
+    "cosine to a least rate": lambda o: lr_scheduler.CosineAnnealingLR(o, 4, eta_min=0.2),
+    "restarts from a least rate": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(
+        o, 4, eta_min=0.2
+    ),
+    "sequence with a least rate": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [
+            lr_scheduler.CosineAnnealingLR(o, 9, eta_min=0.2),
+            lr_scheduler.CosineAnnealingLR(o, 5, eta_min=0.1),
+        ],
+        [6],
+    ),
+    "chained with a least rate": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.CosineAnnealingLR(o, 9, eta_min=0.2)]
+    ),
+    "average": lambda o: SWALR(o, 0.1, anneal_epochs=7),
 }
 
 
@@ -557,6 +576,55 @@ def test_a_lowered_rate_lowers_the_rest_of_the_schedule(name, tensor):
     plain, lowered = rates
     assert lowered[:4] == plain[:4]
     assert lowered[4:] == pytest.approx([0.5 * rate for rate in plain[4:]])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_last_rate_is_lowered_with_the_rate(name):
+    """What is logged before the next step, also by schedulers of other schedulers."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.8)
+    scheduler = SCHEDULERS[name](optimizer)
+    before = scheduler.get_last_lr()[0]
+    lower_learning_rate(optimizer, [scheduler], 0.5)
+    assert scheduler.get_last_lr() == [0.5 * before] == [optimizer.param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize("least", [0.3, [0.3]])
+def test_the_least_rate_of_a_plateau_is_lowered(least):
+    """And the smallest change of a rate that it makes."""
+    rates = []
+    for factor in (1.0, 0.5):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.8)
+        scheduler = lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=0, min_lr=least, eps=0.09
+        )
+        scheduler.step(1.0)
+        lower_learning_rate(optimizer, [scheduler], factor)
+        assert scheduler.get_last_lr() == [0.8 * factor]
+        rates.append([])
+        for _ in range(4):  # from 0.8 to 0.4, and to the least, which is 0.1 lower
+            scheduler.step(1.0)
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == [0.4, 0.3, 0.3, 0.3]
+    assert rates[1] == pytest.approx([0.5 * rate for rate in rates[0]])
+
+
+def test_a_rate_that_groups_share_is_lowered_once():
+    """A tensor given as lr is the same one in all groups."""
+    rate = torch.tensor(0.8)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]} for _ in range(2)]
+    optimizer = torch.optim.SGD(groups, lr=rate)
+    lower_learning_rate(optimizer, [], 0.5)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.4, 0.4])
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused_in_a_sentence():
+    model = tiny_llama()
+    optimizer = Adafactor(model.parameters())
+    SafetyMonitor(optimizer, probe_of(model))
+    task_step(model, 1)
+    with pytest.raises(ValueError, match=r"lr=None: .* give lr a number"):
+        optimizer.step()
 
 
 def test_a_snapshot_can_be_restored_twice():

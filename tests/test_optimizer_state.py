@@ -9,6 +9,7 @@ import pytest
 import torch
 from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, probe_of, run
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
+from torch.utils._pytree import tree_leaves
 
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
 from safeopt.curvature.bases import BASES
@@ -121,6 +122,62 @@ def test_the_state_is_a_copy(name):
             assert torch.equal(saved["subspace"][key].nan_to_num(), value.nan_to_num())
     assert equal(saved["subspace"]["basis"]["blocks"], kept["subspace"]["basis"]["blocks"])
     assert saved["history"] == kept["history"]
+
+
+def frozen(model, share=1.0):
+    """The model with that share of its trained parameters frozen."""
+    params = trainable(model)
+    for p in params[: int(share * len(params))]:
+        p.requires_grad_(False)
+
+
+def same_state(left, right):
+    leaves, others = tree_leaves(left), tree_leaves(right)
+    return len(leaves) == len(others) and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(leaves, others, strict=True)
+    )
+
+
+@names
+def test_a_model_may_be_frozen_before_its_optimizer_is_saved(name):
+    """The state is the same, for a run that goes on elsewhere or here."""
+    model, optimizer = build(name, **OPTIONS)
+    run(model, optimizer, 6)
+    params, plain = trainable(model), through_a_file(optimizer.state_dict())
+    again, fresh = build(name, **OPTIONS)
+    again.load_state_dict(model.state_dict())
+    for share in (0.5, 1.0):
+        frozen(model, share)
+        state = through_a_file(optimizer.state_dict())
+        assert same_state(state, plain)
+    fresh.load_state_dict(copy.deepcopy(state))
+    optimizer.load_state_dict(state)
+    for p in params:
+        p.requires_grad_(True)
+    assert run(model, optimizer, 4, start=6) == run(again, fresh, 4, start=6)
+    assert equal(again.parameters(), model.parameters())
+    assert_same_run(optimizer.safety, fresh.safety)
+
+
+@pytest.mark.parametrize("steps", [0, 6])
+def test_so_may_a_model_of_a_process_group(steps, monkeypatch):
+    """Where the basis travels among the parameters' own entries."""
+    monkeypatch.setattr("safeopt.optim.protection.in_process_group", lambda: True)
+    model, optimizer = build("ProjectedAdamW", **OPTIONS)
+    run(model, optimizer, steps)
+    frozen(model, 0.5)
+    optimizer.state_dict()
+    frozen(model)
+    state = through_a_file(optimizer.state_dict())
+    again, fresh = build("ProjectedAdamW", **OPTIONS)
+    again.load_state_dict(model.state_dict())
+    fresh.load_state_dict(state)
+    assert_same_run(optimizer.safety, fresh.safety)
+    frozen(again)
+    _, other = build("ProjectedAdamW", model=again, params=list(again.parameters()), **OPTIONS)
+    with pytest.raises(ValueError, match="no parameter is left to protect"):
+        other.load_state_dict(state)
 
 
 def without(*path):

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from optimizer_table import build, copies, equal, names, run
-from tiny_models import task_step, trainable
+from optimizer_table import build, copies, equal, names, probe_of, run
+from tiny_models import task_step, tiny_llama, trainable
+from transformers.optimization import Adafactor
 
-from safeopt import RefreshPolicy, SafetyProbe
+from safeopt import RefreshPolicy, SafetyProbe, safeguard
 from safeopt.curvature.subspace import SafetySubspace
 
 EVERY = RefreshPolicy.fixed(2)
@@ -199,3 +200,15 @@ def test_restoring_before_a_checkpoint_happens_as_a_whole_or_not_at_all(name, mo
     run(twin, other, 3)
     assert optimizer.restore() == other.restore()
     assert equal(trainable(model), trainable(twin))
+
+
+def test_an_optimizer_that_picks_its_own_rates_is_refused_before_its_first_step():
+    """How far a step may go decides when to look again: with lr=None nobody knows."""
+    model = tiny_llama(layers=1)
+    with pytest.raises(ValueError, match=r"lr=None: .* give lr a number .* relative_step=False"):
+        safeguard(Adafactor(model.parameters()), probe_of(model))
+    groups = [{"params": trainable(model), "lr": 1e-2}, {"params": [torch.zeros(1)], "lr": None}]
+    groups[1]["protect"] = False
+    optimizer = safeguard(Adafactor(groups, relative_step=False), probe_of(model), rank=8)
+    run(model, optimizer, 2)
+    assert optimizer.safety.step_count == 2

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -12,6 +14,7 @@ from test_finetune import config, files  # the fixture `files` is shared
 from typer.testing import CliRunner
 
 from safeopt.cli.app import app
+from safeopt.files import write_json
 from safeopt.finetuning.prepare import prepare
 from safeopt.finetuning.run import run
 
@@ -60,6 +63,7 @@ def test_a_model_is_repaired(files, forgotten, tmp_path, full):
     assert any(not before[key].equal(after[key]) for key in before)
     assert (out / "model" / "tokenizer_config.json").exists() == full
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "no working folder is left"
+    assert sorted(path.name for path in out.iterdir()) == [name.split("/")[0], "repair.json"]
 
 
 def test_without_task_data_the_cost_is_said_to_be_unknown(files, forgotten, tmp_path, caplog):
@@ -69,6 +73,49 @@ def test_without_task_data_the_cost_is_said_to_be_unknown(files, forgotten, tmp_
     assert "give --train" in done.output
     assert "above its limit" in caplog.text
     assert json.loads((tmp_path / "out" / "repair.json").read_text())["task_before"] is None
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_an_empty_folder_may_be_a_link_or_the_present_one(
+    files, forgotten, tmp_path, monkeypatch, link
+):
+    folder, other = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    other.symlink_to(folder)
+    kept = folder.stat().st_ino
+    monkeypatch.chdir(folder)
+    done = invoke(*arguments(files, forgotten[False], other if link else ".", "--refreshes", "1"))
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in Path().iterdir()) == ["adapter", "repair.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+    assert folder.stat().st_ino == kept, "a shell that stands in it would see nothing"
+
+
+def test_a_result_that_cannot_be_moved_is_kept_and_named(files, forgotten, tmp_path, monkeypatch):
+    def write(path, value):
+        (path.parent.parent / "adapter" / "in the way").mkdir(parents=True)
+        return write_json(path, value)
+
+    monkeypatch.setattr("safeopt.finetuning.repair.write_json", write)
+    done = invoke(*arguments(files, forgotten[False], tmp_path / "out", "--refreshes", "1"))
+    assert done.exit_code == 2
+    kept = tmp_path / "out" / "repair.partial"
+    assert f"out={tmp_path / 'out'}: the result could not be moved there" in done.output
+    assert f"kept in {kept}" in done.output
+    assert (kept / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    assert json.loads((kept / "repair.json").read_text())["steps"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    files, forgotten, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    below = tmp_path / "file" / "out"
+    done = invoke(*arguments(files, "no/such-model", below))
+    assert f"out={below}: {tmp_path / 'file'} is a file" in done.output
+    monkeypatch.setattr("os.access", lambda path, mode, **options: not mode & os.W_OK)
+    done = invoke(*arguments(files, "no/such-model", tmp_path / "a" / "b"))
+    assert f"out={tmp_path / 'a' / 'b'}: {tmp_path} is write-protected" in done.output
 
 
 def test_a_model_that_has_lost_nothing_is_written_as_it_is(files, tmp_path):
@@ -114,6 +161,16 @@ def test_an_adapter_of_another_model_is_one_sentence(files, forgotten, tmp_path)
     done = invoke(*arguments(files, other, tmp_path / "out"))
     assert done.exit_code == 2, done.output
     assert "does not fit the reference" in done.output.replace("\n", " ")
+
+
+def test_a_damaged_adapter_is_one_sentence(files, forgotten, tmp_path):
+    damaged = shutil.copytree(forgotten[False], tmp_path / "adapter")
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    done = invoke(*arguments(files, damaged, tmp_path / "out"))
+    assert done.exit_code == 2, done.output
+    assert f"model={damaged}: its weights cannot be read" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_leaves_nothing_half_written(files, forgotten, tmp_path, monkeypatch):

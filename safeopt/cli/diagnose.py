@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from safeopt.cli.console import console, loading, quiet_libraries, readable_errors, say
+from safeopt.finetuning.folders import check_folder
 from safeopt.finetuning.inputs import InputConfig
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def diagnose(
             raise ValueError(f"batches={batches}: an interval needs at least two")
         if examples < 2:
             raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
-        if out is not None and out.exists() and not out.is_dir():
-            raise ValueError(f"out={out}: it is a file; expected a folder")
+        if out is not None:
+            check_folder(out)
         result = _diagnose(inputs, batches, rank, examples)
         show(result, Console())
         if out is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from safeopt.cli.console import console, loading, quiet_libraries, readable_errors, say
+from safeopt.finetuning.folders import check_folder
 
 
 def profile(
@@ -26,12 +27,12 @@ def profile(
 ) -> None:
     """Compare a fine-tuned model with the aligned one: curvature, alignment loss, overlap."""
     with readable_errors(), quiet_libraries():
-        found, result = _profile(run, safety, rank, examples)
+        folder = out or run / "profile"
+        found, result = _profile(run, folder, safety, rank, examples)
         from safeopt.diagnostics.model_card import section, update_card
         from safeopt.diagnostics.profile_plots import profile_plots
         from safeopt.files import write_json, write_whole
 
-        folder = out or run / "profile"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "profile.json", result)
         write_whole(folder / "profile.md", section(result) + "\n")
@@ -48,11 +49,14 @@ def profile(
         say(f"wrote {folder}" + (f" and {found.folder}/README.md" if card else ""))
 
 
-def _profile(run: Path, safety: Path | None, rank: int, examples: int) -> tuple[Any, Any]:
+def _profile(
+    run: Path, out: Path, safety: Path | None, rank: int, examples: int
+) -> tuple[Any, Any]:
     with loading("loading the model before and after, and its safety prompts"):
         from safeopt.diagnostics.profile import curvature_profile
         from safeopt.finetuning.finished import load_finished
 
         found = load_finished(run, safety, examples)
+        check_folder(out)
     with console.status("two passes over the safety examples"):
         return found, curvature_profile(found.change, found.batches, found.report, rank=rank)

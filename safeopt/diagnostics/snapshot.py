@@ -21,6 +21,11 @@ from torch.optim import Optimizer
 
 from safeopt.optim.schedule_free import is_schedule_free
 
+# Where torch's schedulers keep rates: in the optimizer's groups, and as numbers or lists of them in
+# themselves. "eps" is the smallest change of a rate that ReduceLROnPlateau makes.
+_GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "eps")
+
 
 class Stateful(Protocol):
     """A scheduler, a `GradScaler`, a sampler, …: anything whose state can be put back."""
@@ -73,22 +78,33 @@ class Snapshot:
 def lower_learning_rate(optimizer: Optimizer, others: Sequence[Stateful], factor: float) -> None:
     """Multiply the learning rate, now and in every scheduler's plan.
 
-    Schedulers compute rates from the last one, or from the base rate that they and the groups keep;
-    all of these are multiplied, so that the whole remaining schedule is.
+    Schedulers compute rates from the last one, and from base, largest and smallest rates that they
+    and the groups keep; all of these are multiplied, so that the whole remaining schedule is.
 
     Args:
         optimizer: its groups' rates.
-        others: the schedulers among them have ``base_lrs``; nested ones are found.
+        others: the schedulers among them have ``_last_lr``; nested ones are found.
         factor: positive.
     """
-    for group in optimizer.param_groups:
-        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if name in group:
-                rate = group[name]
-                group[name] = rate.mul_(factor) if isinstance(rate, Tensor) else rate * factor
+    # All are computed before one is written: groups may share the tensor that holds their rate.
+    lowered = [
+        (group, name, group[name] * factor)
+        for group in optimizer.param_groups
+        for name in _GROUP_RATES
+        if name in group
+    ]
+    for group, name, rate in lowered:
+        if isinstance(rate, Tensor):
+            group[name].copy_(rate)
+        else:
+            group[name] = rate
     for scheduler in _schedulers(others):
-        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-        scheduler._last_lr = [rate * factor for rate in scheduler._last_lr]
+        for name in _RATES:
+            kept = getattr(scheduler, name, None)
+            if isinstance(kept, (list, tuple)):
+                setattr(scheduler, name, [rate * factor for rate in kept])
+            elif kept is not None:
+                setattr(scheduler, name, kept * factor)
 
 
 @contextmanager
@@ -131,13 +147,13 @@ def _copies(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _schedulers(candidates: Sequence[Any]) -> Iterator[Any]:
-    """Schedulers with rates of their own, also those inside of others."""
+    """All schedulers, also those inside of others."""
     for candidate in candidates:
         inner = getattr(candidate, "_schedulers", None)  # SequentialLR, ChainedScheduler
         if inner is None:
             inner = [candidate.scheduler] if hasattr(candidate, "scheduler") else []  # Accelerate's
         yield from _schedulers(inner)
-        if hasattr(candidate, "base_lrs") and not hasattr(candidate, "scheduler"):
+        if hasattr(candidate, "_last_lr") and not hasattr(candidate, "scheduler"):
             yield candidate
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints in a run's folder, and whether their files are whole."""
+"""The folders that a run writes, and whether the files of its checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from safeopt.finetuning.folders import RESULT
 
 # Without one of these Trainer would go on, but not from where the run stood.
 _NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -23,6 +25,14 @@ def checkpoints(out: Path) -> list[Path]:
         and folder.is_dir()
     }
     return [found[number] for number in sorted(found)]
+
+
+def written_folders(out: Path) -> list[Path]:
+    """The folders that a run in ``out`` writes, or that starting it again removes.
+
+    A run's result need not be there; of the checkpoints only those are named that are.
+    """
+    return [*checkpoints(out), *(out / name for name in RESULT.values())]
 
 
 def last_checkpoint(out: Path) -> Path:

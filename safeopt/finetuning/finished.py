@@ -11,6 +11,8 @@ import torch
 
 from safeopt.data import read_examples
 from safeopt.diagnostics.profile import Change, adapter_change, full_change
+from safeopt.finetuning.adapter import load_adapter
+from safeopt.finetuning.folders import RESULT
 from safeopt.finetuning.report import REPORT, read_report
 from safeopt.models import load_causal_lm
 from safeopt.safety_examples import as_batches, with_refusals
@@ -43,8 +45,8 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
 
     Raises:
         FileNotFoundError: if the folder holds no finished run, or a file is missing.
-        ValueError: if ``examples`` is below 2, a file is malformed, or the aligned model does not
-            refuse the prompts.
+        ValueError: if ``examples`` is below 2, a file is malformed, a model or adapter cannot be
+            loaded, or the aligned model does not refuse the prompts.
     """
     path = run / REPORT
     if not path.is_file():
@@ -55,7 +57,7 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
         raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
     report = read_report(path)
     config = report["config"]
-    folder = run / ("model" if config["full"] else "adapter")
+    folder = run / RESULT[config["full"]]
     if not report["finished"] or not folder.is_dir():
         raise FileNotFoundError(f"run={run}: the run did not finish; continue it with --resume")
     source = safety or Path(config["safety"])
@@ -72,7 +74,5 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
     if config["full"]:
         change = full_change(model, load_causal_lm(str(folder))[0].to(device))
     else:
-        from peft import PeftModel
-
-        change = adapter_change(PeftModel.from_pretrained(model, str(folder)))
+        change = adapter_change(load_adapter(model, str(folder), "run"))
     return Finished(report, folder, change, batches)

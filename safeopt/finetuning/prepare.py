@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from safeopt.finetuning.checkpoints import checkpoints, last_checkpoint
+from safeopt.finetuning.checkpoints import last_checkpoint, written_folders
 from safeopt.finetuning.config import ADAMW, FinetuneConfig
+from safeopt.finetuning.folders import check_folder
 from safeopt.finetuning.inputs import Inputs, load_inputs
 from safeopt.finetuning.report import REPORT, read_report
 from safeopt.optim import optimizers
@@ -18,6 +19,9 @@ from safeopt.probe import OPENING, SafetyProbe
 # What a resumed run may change; a checkpoint silently overrules some of the rest.
 _FREE_TO_CHANGE = {"out", "resume", "overwrite"}
 _FREE_TO_CHANGE |= {"epochs", "max_steps", "save_steps", "logging_steps"}
+
+# What is the user's own, where it is a path.
+_OWN = ("model", "train", "safety", "harmless", "chat_template")
 
 
 @dataclass
@@ -44,9 +48,13 @@ def prepare(config: FinetuneConfig) -> Prepared:
         FileNotFoundError: if a file or a checkpoint is missing.
         FileExistsError: if ``out`` is a file, or holds a run and neither ``resume`` nor
             ``overwrite`` is set.
-        ValueError: if a file is malformed or a checkpoint damaged, the model has no chat template,
-            or there is nothing to protect since the model does not refuse the safety prompts.
+        PermissionError: if ``out`` must not be written to.
+        ValueError: if the model or a file of the data is where the run writes, a file is malformed
+            or a checkpoint damaged, the model has no chat template, or there is nothing to protect
+            since the model does not refuse the safety prompts.
     """
+    check_folder(Path(config.out))
+    _check_apart(config)
     checkpoint = _checkpoint(config)
     inputs = load_inputs(config, opening=OPENING)
     return Prepared(config, inputs, _optimizer(inputs.model, inputs.probe, config), checkpoint)
@@ -54,19 +62,46 @@ def prepare(config: FinetuneConfig) -> Prepared:
 
 def _checkpoint(config: FinetuneConfig) -> str | None:
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out={out}: it is a file; expected a folder, new or empty")
     if config.resume:
         last = last_checkpoint(out)
         _check_unchanged(config, out / REPORT)
         return str(last)
-    started = (out / REPORT).exists() or checkpoints(out)
-    if started and not config.overwrite:
+    found = [
+        path.name
+        for path in (out / REPORT, *written_folders(out))
+        if path.exists() or path.is_symlink()
+    ]
+    if found and not config.overwrite:
         raise FileExistsError(
-            f"out={out}: it holds a run already; continue it with --resume, or start again with "
-            "--overwrite"
+            f"out={out}: it holds a run already ({', '.join(found)}); continue it with --resume, "
+            "or start again with --overwrite, which removes that"
         )
     return None
+
+
+def _check_apart(config: FinetuneConfig) -> None:
+    """Refuse what is the user's own in the folders that the run writes, replaces or removes."""
+    for name in _OWN:
+        value = getattr(config, name)
+        if value is None or not Path(value).exists():  # a model's hub name, or named as missing
+            continue
+        for folder in written_folders(Path(config.out)):
+            relation = _relation(Path(value), folder)
+            if relation:
+                raise ValueError(
+                    f"{name}={value}: it {relation} {folder}, which the run writes, replaces or "
+                    f"removes; choose another folder with --out, or move the {name} elsewhere"
+                )
+
+
+def _relation(path: Path, folder: Path) -> str | None:
+    """How a path lies in a folder, links followed; None where it does not."""
+    written, real, folder = path.absolute(), path.resolve(), folder.resolve()
+    if real == folder:
+        return "is"
+    # A link in the folder would be lost although what it leads to lies elsewhere.
+    inside = folder in real.parents or any(above.resolve() == folder for above in written.parents)
+    return "lies in" if inside else None
 
 
 def _check_unchanged(config: FinetuneConfig, report: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import torch
 
 from safeopt.data import encode_all, read_examples
 from safeopt.files import plain, write_json
+from safeopt.finetuning.adapter import load_adapter
+from safeopt.finetuning.folders import RESULT, check_folder
 from safeopt.models import load_causal_lm
 from safeopt.optim.repair import RepairReport, repair
 from safeopt.probe import SafetyProbe
 from safeopt.safety_examples import read_safety_batches
 
 REPORT = "repair.json"
+_WORKING = "repair.partial"
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,14 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
     Raises:
         FileNotFoundError: if a file is missing.
         FileExistsError: if ``out`` is a file or a folder that is not empty.
+        PermissionError: if ``out`` must not be written to.
         ValueError: if a file is malformed, a model cannot be loaded, or the reference does not
             refuse the safety prompts.
     """
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out={out}: it exists already; expected a new or empty folder")
+    check_folder(out)
     examples = read_examples(config.train) if config.train else []
     is_adapter = (Path(config.model) / "adapter_config.json").is_file()
     aligned, tokenizer = load_causal_lm(config.reference)
@@ -109,7 +116,7 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
     safety, held = read_safety_batches(aligned, tokenizer, config.safety, config.harmless)
     reference = SafetyProbe(aligned, safety).value()
     if is_adapter:
-        model = _with_adapter(aligned, config.model)
+        model = load_adapter(aligned, config.model, "model", trainable=True)
     else:
         device = aligned.device
         del aligned
@@ -134,51 +141,58 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
 
 
 def run_repair(prepared: PreparedRepair) -> RepairReport:
-    """Repair and write ``out``: the adapter or model, and `repair.json`.
-
-    Everything is written to a folder beside ``out``, which takes its name at the end.
+    """Repair and write ``out``: the adapter or model, and `repair.json`, which comes last.
 
     Raises:
         FloatingPointError: if a loss is not finite; nothing is written then.
+        OSError: if ``out`` cannot be written to. Where the result was whole by then, the error
+            says in which folder it is kept.
     """
     config = prepared.config
-    report = repair(
-        prepared.model,
-        prepared.probe,
-        budget=config.budget,
-        reference=prepared.reference,
-        task=prepared.task,
-        refreshes=config.refreshes,
-        examples=config.examples,
-        task_examples=config.examples,
-        seed=config.seed,
-    )
-    out = Path(config.out)
-    working = out.with_name(out.name + ".partial")
-    shutil.rmtree(working, ignore_errors=True)
-    try:
-        if prepared.is_adapter:
-            prepared.model.save_pretrained(working / "adapter")
-        else:
-            prepared.model.save_pretrained(working / "model")
-            prepared.tokenizer.save_pretrained(working / "model")
+    with _whole(Path(config.out)) as working:
+        report = repair(
+            prepared.model,
+            prepared.probe,
+            budget=config.budget,
+            reference=prepared.reference,
+            task=prepared.task,
+            refreshes=config.refreshes,
+            examples=config.examples,
+            task_examples=config.examples,
+            seed=config.seed,
+        )
+        folder = working / RESULT[not prepared.is_adapter]
+        prepared.model.save_pretrained(folder)
+        if not prepared.is_adapter:
+            prepared.tokenizer.save_pretrained(folder)
         write_json(working / REPORT, {"config": config.as_dict(), **report.as_dict()})
-        if out.is_dir():
-            out.rmdir()  # it is empty
-        working.replace(out)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return report
 
 
-def _with_adapter(aligned: Any, folder: str) -> Any:
-    """The aligned model with an adapter on it, trainable."""
-    from peft import PeftModel
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder to write to: what it holds at the end comes into ``out``, after an error nothing.
 
+    It lies inside ``out``, so that the last move stays on one disk and needs no right to write
+    beside it, and it is made at once, so that what is impossible fails before the work.
+    """
+    real = out.resolve()  # a link and "." stay what they are
+    new = not real.exists()
+    working = real / _WORKING
+    working.mkdir(parents=True)
     try:
-        return PeftModel.from_pretrained(aligned, folder, is_trainable=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(
-            f"model={folder}: the adapter does not fit the reference "
-            f"({str(error).strip().splitlines()[0]}); give the model that it was trained on"
+        yield working
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        if new and not any(real.iterdir()):
+            real.rmdir()
+        raise
+    try:
+        for path in sorted(working.iterdir(), key=lambda path: path.name == REPORT):
+            path.replace(real / path.name)
+        working.rmdir()
+    except OSError as error:
+        raise OSError(
+            f"out={out}: the result could not be moved there ({error}); what is missing is kept "
+            f"in {working}"
         ) from error

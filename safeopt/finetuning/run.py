@@ -13,15 +13,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from safeopt.data import collate
 from safeopt.files import write_json
-from safeopt.finetuning.checkpoints import checkpoints
+from safeopt.finetuning.checkpoints import written_folders
 from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
+from safeopt.finetuning.folders import RESULT
 from safeopt.finetuning.prepare import Prepared
 from safeopt.finetuning.report import REPORT, read_report, run_report
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
 from safeopt.safety_examples import alignment_loss
 
-_RESULT = {False: "adapter", True: "model"}  # by FinetuneConfig.full
 _CURVES = "curves.png"
 
 
@@ -115,7 +115,7 @@ def run(
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=prepared.checkpoint)
     finished = not watcher.stopped
-    folder = out / _RESULT[config.full]
+    folder = out / RESULT[config.full]
     if finished:
         trainer.save_model(str(folder))
         prepared.inputs.tokenizer.save_pretrained(str(folder))
@@ -129,11 +129,12 @@ def run(
 
 def _clear(out: Path) -> None:
     """Remove what an earlier run wrote, so that its checkpoints are not taken for this one's."""
-    for name in (REPORT, _CURVES):
-        (out / name).unlink(missing_ok=True)
-    for folder in (*checkpoints(out), *(out / name for name in _RESULT.values())):
-        if folder.is_dir():
-            shutil.rmtree(folder)
+    for path in (*written_folders(out), out / _CURVES, out / REPORT):
+        # Of a link only itself is the run's, not what it leads to.
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _Rows:

@@ -72,9 +72,11 @@ class PreconditionedSGD(torch.optim.SGD):
                               θ  += U(map(c) − c)
         at a refresh:         as `ProjectedAdamW`
 
-    A group's learning rate multiplies its part of the preconditioned direction, so that a group
-    with ``lr=0`` stays where it is. A protected parameter without a gradient counts as one with a
-    gradient of zero: its part of U M Uᵀd moves it.
+    A group's learning rate multiplies its part of the preconditioned direction, so that this leaves
+    a group with ``lr=0`` where it is. The map (none by default), refreshes and restoring move all
+    protected groups: to keep one still, use ``protect=False`` or ``requires_grad_(False)`` before
+    the first step. A protected parameter without a gradient counts as one with a gradient of zero:
+    its part of U M Uᵀd moves it.
 
     Args:
         params: parameters, or groups of them. A group with ``protect=False`` is trained by plain

@@ -34,7 +34,9 @@ class ProjectedAdamW(torch.optim.AdamW):
 
     Args:
         params: parameters, or groups of them. A group with ``protect=False`` is trained by plain
-            AdamW.
+            AdamW. AdamW leaves a group with ``lr=0`` where it is, but the map after a step,
+            refreshes and restoring move all protected groups: to keep one still, use
+            ``protect=False`` or ``requires_grad_(False)`` before the first step.
         lr: learning rate.
         betas: decay rates of the two moments.
         eps: term added to the denominator.

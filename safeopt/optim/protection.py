@@ -56,16 +56,21 @@ def protected_parameters(optimizer: Optimizer) -> list[Tensor]:
     Raises:
         ValueError: if none is left.
     """
-    params = [
+    params = trained_parameters(optimizer)
+    if not params:
+        raise ValueError("params: no parameter is left to protect; all are frozen or protect=False")
+    return params
+
+
+def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """The `protected_parameters`, of which none may be left: a model is frozen to be saved."""
+    return [
         p
         for group in optimizer.param_groups
         if group.get("protect", True)
         for p in group["params"]
         if p.requires_grad
     ]
-    if not params:
-        raise ValueError("params: no parameter is left to protect; all are frozen or protect=False")
-    return params
 
 
 def is_inert(
@@ -86,9 +91,28 @@ def is_inert(
 
 
 def largest_learning_rate(optimizer: Optimizer) -> float:
-    """The largest learning rate of the protected groups."""
-    rates = [group["lr"] for group in optimizer.param_groups if group.get("protect", True)]
-    return max(float(rate) for rate in rates)
+    """The largest learning rate of the protected groups.
+
+    Raises:
+        ValueError: if a group has none.
+    """
+    groups = [group for group in optimizer.param_groups if group.get("protect", True)]
+    return max(float(_learning_rate(group)) for group in groups)
+
+
+def _learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """A group's learning rate, as it is kept.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    rate: float | Tensor | None = group.get("lr")
+    if rate is None:
+        raise ValueError(
+            "lr=None: the learning rate has to be known, and this optimizer picks its own; give lr "
+            "a number (Adafactor of transformers: with relative_step=False), or use protect=False"
+        )
+    return rate
 
 
 def attach(
@@ -105,8 +129,8 @@ def attach(
         on_refresh_error: see the module.
 
     Raises:
-        ValueError: if ``on_refresh_error`` is unknown, or a group is ``capturable`` or
-            ``differentiable``.
+        ValueError: if ``on_refresh_error`` is unknown, or a protected group is ``capturable`` or
+            ``differentiable`` or has no learning rate.
         TypeError: for complex or sparse parameters.
     """
     if on_refresh_error not in get_args(OnRefreshError):
@@ -196,7 +220,8 @@ class _Protection:
     def save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Add the geometry to a state."""
         state[_KEY] = pack_state(self._geometry)
-        geometry, params = self._geometry, protected_parameters(optimizer)
+        # The basis is of the parameters that it was estimated on, whatever has been frozen since.
+        geometry, params = self._geometry, self._spanned or trained_parameters(optimizer)
         kind = basis_kind(geometry.subspace, params, geometry.probe, geometry.config)
         if in_process_group() and kind == "dense":
             blocks = empty_basis("dense", params).state_dict()["blocks"]
@@ -207,14 +232,15 @@ class _Protection:
 
     def check(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Refuse a state that does not fit, before anything has changed."""
-        state = reveal(state, optimizer, protected_parameters(optimizer))
+        params = self._loaded_into(optimizer)
+        state = reveal(state, optimizer, params)
         if _KEY not in state:
             raise ValueError(
                 'state_dict: it has no "safety" entry; it was saved by an unprotected optimizer, '
                 "and the alignment loss before fine-tuning is not known. Start from the aligned "
                 "model, or from a checkpoint of a protected run"
             )
-        check_state(state[_KEY], protected_parameters(optimizer), self._geometry)
+        check_state(state[_KEY], params, self._geometry)
         self._checked = state[_KEY]
         return state
 
@@ -222,10 +248,20 @@ class _Protection:
         """Continue from the checked state, once."""
         if not self._checked:
             return
-        params = protected_parameters(optimizer)
+        params = self._loaded_into(optimizer)
         load_state(self._geometry, self._checked, params)
         self._spanned = params if self._geometry.subspace is not None else []
         self._checked = {}
+
+    def _loaded_into(self, optimizer: Optimizer) -> list[Tensor]:
+        """The parameters that a state is loaded for.
+
+        Those of the subspace where all are frozen by now: such a state may be put back, too.
+
+        Raises:
+            ValueError: if all are frozen and there is no subspace.
+        """
+        return trained_parameters(optimizer) or self._spanned or protected_parameters(optimizer)
 
     def _check_span(self, params: Sequence[Tensor]) -> None:
         """Refuse other parameters than those that the subspace was estimated on."""
@@ -306,6 +342,7 @@ def _check_groups(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         if not group.get("protect", True):
             continue
+        _learning_rate(group)
         for name in ("capturable", "differentiable"):
             if group.get(name):
                 raise ValueError(

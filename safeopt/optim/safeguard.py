@@ -35,8 +35,10 @@ def safeguard(
 
     Args:
         optimizer: an optimizer that has taken no step yet; it is changed, not wrapped. Groups with
-            ``protect=False`` are left as they are. Protected parameters cannot be added after the
-            first step.
+            ``protect=False`` are left as they are. A group with ``lr=0`` is not: the map after a
+            step, refreshes and restoring move all protected groups. To keep one still, use
+            ``protect=False``, or ``requires_grad_(False)`` before the first step. Protected
+            parameters cannot be added after the first step.
         probe: the safety examples; its model holds the optimizer's parameters.
         on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
             or a gradient fails, see `safeopt.optim.protection`.
@@ -51,7 +53,7 @@ def safeguard(
         TypeError: if ``optimizer`` is not a torch optimizer or cannot be protected, an option is
             unknown, or a protected parameter is complex or sparse.
         ValueError: if an option is out of its range, the optimizer is protected already, or a
-            protected group is ``capturable`` or ``differentiable``.
+            protected group is ``capturable`` or ``differentiable``, or has ``lr=None``.
 
     Cost: as `ProjectedAdamW`.
     """

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from safeopt.optim.portable import reveal
-from safeopt.optim.protection import protected_parameters
+from safeopt.optim.protection import trained_parameters
 
 
 class OptimizerWrapper(Optimizer):
@@ -85,7 +85,7 @@ class OptimizerWrapper(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        state_dict = reveal(state_dict, self, protected_parameters(self))
+        state_dict = reveal(state_dict, self, trained_parameters(self))
         self._check_state(state_dict)
         self.base_optimizer.load_state_dict(state_dict)
         self._take_state(state_dict)

@@ -5,7 +5,7 @@
 | `dense` | 4·k for each parameter (8·k in float64) | yes |
 | `int8` | 1.06·k for each parameter | to about 1% of each direction |
 | `factored` | 4·T(d_in + d_out) a layer for T tokens, whatever k | yes |
-| `compressed` | 1 to 2% of `dense` for large matrices | a stated share of the energy |
+| `compressed` | 1 to 2% of `dense` at 135M parameters, 0.1% at 7B | a stated share of the energy |
 """
 
 from __future__ import annotations
