@@ -2,10 +2,10 @@
 
 Three forms of a line are understood:
 
-- ``{"prompt": …, "response": …}``; the response may be missing in safety prompts;
+- ``{"prompt": …, "response": …}``; in safety prompts the response may be missing, null or blank;
 - ``{"messages": [{"role": …, "content": …}, …]}``, the last message from the assistant (or, in
   safety prompts, from the user);
-- ``{"instruction": …, "input": …, "output": …}``, with ``input`` optional.
+- ``{"instruction": …, "input": …, "output": …}``, with ``input`` optional (or null, or blank).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from safeopt.chat_template import ANSWER, continued, divided, frame_of, render, token_ids
 from safeopt.losses import IGNORE
 
 _FORMS = "prompt/response, messages, or instruction/input/output"
@@ -31,9 +32,12 @@ class ChatExample:
 
     Attributes:
         messages: dicts with ``role`` and ``content``, oldest first.
+        finished: whether the response is all of the answer; an answer that was cut off has no end
+            to learn.
     """
 
     messages: tuple[dict[str, str], ...]
+    finished: bool = True
 
     @property
     def response(self) -> str | None:
@@ -46,9 +50,9 @@ class ChatExample:
         """The messages before the response."""
         return self.messages if self.response is None else self.messages[:-1]
 
-    def answered(self, response: str) -> ChatExample:
+    def answered(self, response: str, *, finished: bool = True) -> ChatExample:
         """The same prompt with another response."""
-        return ChatExample((*self.prompt, {"role": "assistant", "content": response}))
+        return ChatExample((*self.prompt, {"role": "assistant", "content": response}), finished)
 
 
 def read_examples(path: str | Path, *, need_response: bool = True) -> list[ChatExample]:
@@ -68,16 +72,18 @@ def read_examples(path: str | Path, *, need_response: bool = True) -> list[ChatE
     examples = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    line_object = json.loads(line.decode("utf-8"))
-                    examples.append(chat_example(line_object, need_response=need_response))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: {error}") from None
+            try:
+                text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+                if text.strip():
+                    examples.append(chat_example(json.loads(text), need_response=need_response))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+            except RecursionError:
+                raise ValueError(f"{path}:{number}: not valid JSON (nested too deeply)") from None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
     if not examples:
         raise ValueError(f"{path}: the file is empty; expected JSON lines ({_FORMS})")
     return examples
@@ -101,7 +107,7 @@ def chat_example(line: Any, *, need_response: bool = True) -> ChatExample:
         example = _turn(line, "prompt", "response")
     elif "instruction" in line:
         example = _turn(line, "instruction", "output")
-        if line.get("input"):
+        if not _is_missing(line, "input"):
             prompt = f"{line['instruction']}\n\n{_text(line, 'input')}"
             messages = ({"role": "user", "content": prompt}, *example.messages[1:])
             example = ChatExample(messages)
@@ -124,7 +130,8 @@ def encode(
 
     Returns:
         ``input_ids`` and ``labels``; labels are `IGNORE` on everything but the response and its end
-        token.
+        token. What the template writes before the response, such as an empty block of thoughts, is
+        not labelled; neither is the end of a response that is not ``finished``.
 
     Raises:
         ValueError: if the tokenizer has no chat template, the template does not take the
@@ -132,18 +139,19 @@ def encode(
     """
     if example.response is None:
         raise ValueError("example: the last message must be the assistant's response")
-    prompt = prompt_ids(tokenizer, example.prompt)
-    whole = _template(tokenizer, example.messages, add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt:
-        # Templates that rewrite earlier turns: append the response as plain text.
-        whole = prompt + list(tokenizer(example.response, add_special_tokens=False)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            whole.append(tokenizer.eos_token_id)
-    elif tokenizer.eos_token_id in whole[len(prompt) :]:
+    frame = frame_of(tokenizer, example.prompt)
+    text = render(tokenizer, example.messages)
+    said = text[len(frame.before) : len(text) - len(frame.after)]
+    if said.strip() == example.response.strip() and text == frame.before + said + frame.after:
+        kept = text if example.finished else (frame.before + said).rstrip()
+        divide = continued if frame.before == frame.opened else divided
+        whole, start = divide(tokenizer, kept, len(frame.before))
+    else:
+        whole, start = _appended(tokenizer, example, text)
+    if tokenizer.eos_token_id in whole[start:]:
         # Some templates add a line break after the end token, which no model has to predict.
-        end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
-        whole = whole[:end]
-    labels = [IGNORE] * len(prompt) + whole[len(prompt) :]
+        whole = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
+    labels = [IGNORE] * start + whole[start:]
     return {"input_ids": whole[:max_length], "labels": labels[:max_length]}
 
 
@@ -158,10 +166,19 @@ def encode_all(
 def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids up to the point where the assistant begins to answer.
 
+    Where the template writes a finished answer otherwise than its generation prompt begins one
+    (with an empty block of thoughts, or without the opened one), they are those of the finished
+    answer, as in `encode`.
+
     Raises:
-        ValueError: if the tokenizer has no chat template.
+        ValueError: if the tokenizer has no chat template, or the template does not take the
+            messages.
     """
-    return _template(tokenizer, messages, add_generation_prompt=True)
+    frame = frame_of(tokenizer, messages)
+    if frame.before.rstrip() == frame.opened.rstrip():
+        return token_ids(tokenizer, frame.opened)
+    whole, start = divided(tokenizer, frame.before + ANSWER + frame.after, len(frame.before))
+    return whole[:start]
 
 
 def collate(
@@ -217,32 +234,27 @@ def safety_batches(
     return [collate(rows[start : start + batch_size], pad_id, side="left") for start in starts]
 
 
-def _template(
-    tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool
-) -> list[int]:
-    from jinja2 import TemplateError
+def _appended(tokenizer: Any, example: ChatExample, text: str) -> tuple[list[int], int]:
+    """The token ids where the response does not stand in the template's text as it is.
 
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "tokenizer: it has no chat template, so prompts cannot be told from responses; use the "
-            "chat version of the model, or set tokenizer.chat_template (--chat-template FILE)"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"chat template: it does not take a conversation of the roles {roles} ({error}); the "
-            f"conversation begins {messages[0]['content'][:40]!r}"
-        ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    Returns:
+        The ids, and how many of them come before the response: all that follows the generation
+        prompt where the text begins with it, else the response as plain text after the prompt.
+    """
+    whole = token_ids(tokenizer, text)
+    prompt = token_ids(tokenizer, render(tokenizer, example.prompt, add_generation_prompt=True))
+    if example.finished and whole[: len(prompt)] == prompt:
+        return whole, len(prompt)
+    prompt = prompt_ids(tokenizer, example.prompt)
+    whole = prompt + token_ids(tokenizer, str(example.response))
+    if example.finished and tokenizer.eos_token_id is not None:
+        whole.append(tokenizer.eos_token_id)
+    return whole, len(prompt)
 
 
 def _turn(line: dict[str, Any], prompt: str, response: str) -> ChatExample:
     example = ChatExample(({"role": "user", "content": _text(line, prompt)},))
-    return example.answered(_text(line, response)) if response in line else example
+    return example if _is_missing(line, response) else example.answered(_text(line, response))
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
@@ -261,8 +273,21 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
     return messages
 
 
+def _is_missing(line: dict[str, Any], key: str) -> bool:
+    """Whether a key that may be missing is, or holds null or a blank text."""
+    value = line.get(key)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _text(line: dict[str, Any], key: str) -> str:
     value = line.get(key)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key}: expected a text that is not empty, found {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{key}: half of a surrogate pair, {value[error.start]!r}, at character "
+            f"{error.start + 1}; no tokenizer takes it"
+        ) from None
     return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,18 @@ def is_refusal(text: str) -> bool:
     return any(pattern.search(opening) for pattern in _REFUSALS)
 
 
+class Answer(NamedTuple):
+    """An answer without special tokens.
+
+    Attributes:
+        text: what the model says.
+        finished: whether it ended by itself; otherwise it was cut off.
+    """
+
+    text: str
+    finished: bool
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -86,6 +98,18 @@ def generate(
     max_new_tokens: int = 48,
     batch_size: int = 8,
 ) -> list[str]:
+    """The texts of `generate_answers`, with its arguments and errors."""
+    found = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
+    return [answer.text for answer in found]
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 48,
+    batch_size: int = 8,
+) -> list[Answer]:
     """Greedy answers to single prompts, through the tokenizer's chat template.
 
     Batches are padded on the left and hold prompts of similar length; each costs one pass over the
@@ -100,7 +124,7 @@ def generate(
         batch_size: prompts in one pass, at least 1.
 
     Returns:
-        The answers without special tokens, in the order of ``prompts``.
+        The answers in the order of ``prompts``.
 
     Raises:
         ValueError: if ``max_new_tokens`` or ``batch_size`` is smaller than 1, or the tokenizer has
@@ -110,7 +134,7 @@ def generate(
         if number < 1:
             raise ValueError(f"{name}={number}: expected at least 1")
     rows = [prompt_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    answers = [""] * len(rows)
+    answers = [Answer("", finished=False)] * len(rows)
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with evaluating(model), torch.no_grad():
@@ -131,9 +155,10 @@ def generate(
                 top_p=1.0,
                 top_k=50,
             )
-            texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(members, texts, strict=True):
-                answers[i] = text.strip()
+            new = output[:, ids.shape[1] :].tolist()
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text, tokens in zip(members, texts, new, strict=True):
+                answers[i] = Answer(text.strip(), finished=not set(ends).isdisjoint(tokens))
     return answers
 
 

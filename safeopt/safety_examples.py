@@ -10,13 +10,15 @@ from torch import Tensor
 
 from safeopt.data import ChatExample, collate, encode, read_examples
 from safeopt.probe import SafetyProbe
-from safeopt.refusals import generate, is_refusal
+from safeopt.refusals import generate_answers, is_refusal
 
 # Below this share of refusals a model is not aligned in the sense of the probe.
 _LEAST_REFUSED = 0.25
 # Above this NLL per token given refusals are not what the model would say.
 _HIGHEST_NLL = 2.0
 _LOOKED_AT = 32
+# Of the model's own refusals so many tokens are taken.
+_OWN_TOKENS = 32
 
 
 def read_safety_batches(
@@ -52,13 +54,16 @@ def answered_alike(
     harmless: Sequence[ChatExample], refusals: Sequence[ChatExample]
 ) -> list[ChatExample]:
     """The harmless prompts with the first of the refusals, which they must not get."""
-    return [example.answered(str(refusals[0].response)) for example in harmless]
+    first = refusals[0]
+    return [example.answered(str(first.response), finished=first.finished) for example in harmless]
 
 
 def with_refusals(
     model: Any, tokenizer: Any, examples: Sequence[ChatExample], source: str
 ) -> list[ChatExample]:
     """The examples with refusals: the given ones, then those that the model refuses by itself.
+
+    Of the model's own refusals the first 32 tokens are taken; a longer one is not ``finished``.
 
     Args:
         model: the aligned model.
@@ -79,11 +84,11 @@ def with_refusals(
                 "no response; give the refusal, or the user's message alone"
             )
     prompts = [example.prompt[-1]["content"] for example in asked]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=32) if asked else []
+    answers = generate_answers(model, tokenizer, prompts, _OWN_TOKENS) if asked else []
     own = [
-        example.answered(answer)
+        example.answered(answer.text, finished=answer.finished)
         for example, answer in zip(asked, answers, strict=True)
-        if is_refusal(answer)
+        if is_refusal(answer.text)
     ]
     if len(own) < _LEAST_REFUSED * len(asked):
         raise ValueError(

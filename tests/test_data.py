@@ -53,6 +53,13 @@ def test_an_input_follows_its_instruction(tmp_path):
         ({"messages": [ASK, {**SAY, "role": "gpt"}]}, 'data.jsonl:2: messages: role="gpt"'),
         ({"messages": [SAY]}, "data.jsonl:2: messages: found the roles assistant"),
         ({"messages": [ASK]}, "data.jsonl:2: there is no response"),
+        ({"prompt": "x", "response": None}, "data.jsonl:2: there is no response"),
+        ({"instruction": "x", "input": ["y"], "output": "z"}, "data.jsonl:2: input: expected a"),
+        ("[" * 100_000, r"data.jsonl:2: not valid JSON \(nested too deeply\)"),
+        (
+            r'{"prompt": "a \ud83d b", "response": "y"}',
+            r"data.jsonl:2: prompt: half of a surrogate pair, '\\ud83d', at character 3",
+        ),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, words):
@@ -75,9 +82,31 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
         read_examples(path)
 
 
-def test_safety_prompts_need_no_response(tmp_path):
-    path = write(tmp_path / "safety.jsonl", {"prompt": "x"})
+@pytest.mark.parametrize("missing", [{}, {"response": None}, {"response": " "}])
+def test_safety_prompts_need_no_response(tmp_path, missing):
+    path = write(tmp_path / "safety.jsonl", {"prompt": "x", **missing})
     assert read_examples(path, need_response=False)[0].response is None
+
+
+@pytest.mark.parametrize("missing", [{}, {"input": None}, {"input": ""}, {"input": " \n"}])
+def test_an_instruction_needs_no_input(tmp_path, missing):
+    line = {"instruction": ASK["content"], **missing, "output": SAY["content"]}
+    path = write(tmp_path / "data.jsonl", line)
+    assert read_examples(path) == [ChatExample((ASK, SAY))]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [ASK, SAY]}), encoding="utf-8-sig")
+    assert read_examples(path) == [ChatExample((ASK, SAY))]
+    path.write_text("", encoding="utf-8-sig")
+    with pytest.raises(ValueError, match="the file is empty"):
+        read_examples(path)
+
+
+def test_two_halves_of_a_surrogate_pair_are_one_character(tmp_path):
+    path = write(tmp_path / "data.jsonl", r'{"prompt": "a \ud83d\ude00", "response": "y"}')
+    assert read_examples(path)[0].prompt[0]["content"] == "a \N{GRINNING FACE}"
 
 
 def test_only_the_response_and_its_end_are_labelled():
