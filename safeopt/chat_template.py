@@ -22,7 +22,7 @@ ANSWER = "I qanswerq"
 _DAY = date(2024, 7, 26)
 _STRFTIME_NOW = (
     "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('%{c}', '{_DAY.strftime('%' + c)}')" for c in "YmdBbAaHMS")
+    + "".join(f" | replace('%{c}', '{_DAY.strftime('%' + c)}')" for c in "YymdjBbAaHIMSpe")
     + " }}{% endmacro %}\n"
 )
 

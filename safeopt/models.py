@@ -83,10 +83,13 @@ def damaged_weights(given: str, error: Exception) -> ValueError:
     )
 
 
-def _check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+def _check_shapes(mismatched: Iterable[str | tuple[str, Any, Any]]) -> None:
     """Refuse weights that were left out since their shapes are not the configuration's."""
-    name, given, needed = min(mismatched, default=(None, (), ()))
-    if name is not None:
+    first = min(mismatched, default=None)
+    if isinstance(first, str):  # transformers 4.51
+        raise ValueError(f"{first} has another shape than the configuration asks for")
+    if first is not None:
+        name, given, needed = first
         raise ValueError(
             f"{name} has the shape {tuple(given)}, and the configuration asks for {tuple(needed)}"
         )

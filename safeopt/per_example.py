@@ -247,7 +247,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         own = self._owned[module]
         self.rounded |= b.dtype.itemsize < 4
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if first is None or not self._one_row_each(module, first, b):
+        if first is None or not self._one_row_each(first, b):
             self.mixed.update(own.values())
         elif type(module).forward is nn.Linear.forward:
             self._linear(own, first, b)
@@ -256,9 +256,9 @@ class Recorder(AbstractContextManager["Recorder"]):
         else:
             self._local_products(module, own, args, kwargs, b)
 
-    def _one_row_each(self, module: nn.Module, first: Tensor, b: Tensor) -> bool:
+    def _one_row_each(self, first: Tensor, b: Tensor) -> bool:
         """Whether input and output have a row for each example, and not for each token."""
-        dimensions = 2 if _plain_embedding(module) else 3
+        dimensions = 3 if first.is_floating_point() else 2  # token ids have no features
         flattened = self.examples > 1 and first.dim() < dimensions
         return first.shape[0] == b.shape[0] == self.examples and not flattened
 

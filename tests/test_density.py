@@ -32,6 +32,14 @@ def test_the_trace_is_exact_whatever_the_seed():
     assert hutch_pp(Dense(torch.zeros(9, 9, dtype=torch.float64), [(9,)]), 6).value == 0
 
 
+def test_a_sketch_that_sees_nothing_is_no_zero_trace():
+    matrix = torch.zeros(6, 6, dtype=torch.float64)
+    matrix[:2, :2] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    found = [hutch_pp(Dense(matrix, [(6,)]), 9, seed=seed) for seed in range(40)]
+    assert all(estimate.value != 0 or estimate.standard_error >= 0 for estimate in found)
+    assert sum(estimate.value for estimate in found) / 40 == pytest.approx(2, abs=0.25)
+
+
 def test_trace_error_is_what_it_says():
     """Over many seeds: unbiased, and the stated error is the scatter; better than Hutchinson."""
     values = decaying()

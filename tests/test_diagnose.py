@@ -246,14 +246,28 @@ def test_intervals_cover_what_other_samples_give_on_average():
     """Also where half of the examples' directions count, and where only the gradients vary."""
     generator = torch.Generator().manual_seed(0)
     points = [figures(simulated(generator), 12) for _ in range(300)]
-    hits = dict.fromkeys(NAMES, 0)
+    hits, widths = dict.fromkeys(NAMES, 0), dict.fromkeys(NAMES, 0.0)
     for _ in range(60):
         evidence = simulated(generator)
         found = intervals(evidence, 12, figures(evidence, 12))
         for name in NAMES:
             low, high = found[name]
+            widths[name] += math.log(high / low) / 60
             hits[name] += low <= sum(getattr(point, name) for point in points) / 300 <= high
     assert all(hit >= 0.8 * 60 for hit in hits.values()), hits
+    for name in NAMES:  # four standard deviations are a 95% interval
+        spread = torch.tensor([getattr(point, name) for point in points]).log().std()
+        assert widths[name] < 3 * 4 * spread, name
+
+
+def test_with_all_directions_but_one_the_tail_is_not_certain():
+    result = diagnose(
+        SafetyProbe(tiny_llama(), [safety_batch()]), [safety_batch(seed=1)] * 2, rank=4
+    )
+    tail = result.conditions[0]
+    assert 0 < tail.value < 1
+    assert tail.interval == (0.0, 1.0)
+    assert not tail.certain
 
 
 def test_coupling_from_differences_of_coordinates_is_that_of_a_hessian_vector_product():

@@ -151,6 +151,7 @@ def test_a_model_may_be_frozen_before_its_optimizer_is_saved(name):
         frozen(model, share)
         state = through_a_file(optimizer.state_dict())
         assert same_state(state, plain)
+        optimizer.load_state_dict(copy.deepcopy(state))
     fresh.load_state_dict(copy.deepcopy(state))
     optimizer.load_state_dict(state)
     for p in params:

@@ -60,7 +60,7 @@ def test_one_environment_variable_tells_and_watches(tmp_path, prompts, monkeypat
         f"check before training, {callback.diagnosis.verdict.risk}: "
         f"{callback.diagnosis.verdict.text}"
     )
-    assert callback.diagnosis.evidence.task_losses.numel() == 2
+    assert callback.diagnosis.evidence.task_losses.numel() == 4
     steps = [check.step for check in callback.monitor.history]
     assert {2, 4} <= set(steps)
     assert any("monitor/alignment_loss" in entry for entry in trainer.state.log_history)

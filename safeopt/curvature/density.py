@@ -62,11 +62,10 @@ def hutch_pp(operator: SymmetricOperator, products: int = 48, *, seed: int = 0) 
             q = space.orthonormal(space.random(sketched), space.empty())
             return TraceEstimate(_trace(space, q), 0.0, space.spent)
         q = space.orthonormal(space.products(space.signs(sketched)), space.empty())
-        if not len(q):
-            return TraceEstimate(0.0, 0.0, space.spent)
-        exact = _trace(space, q)
+        exact = _trace(space, q) if len(q) else 0.0
         rest = space.signs(products - 2 * sketched)
-        space.remove(rest, q)
+        if len(q):
+            space.remove(rest, q)
         samples = _row_products(rest, space.products(rest))
     error = float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.nan
     return TraceEstimate(exact + float(samples.mean()), error, space.spent)

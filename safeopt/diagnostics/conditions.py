@@ -27,6 +27,7 @@ hold the tail in 49% of the cases, the jackknife's in 95%.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -38,6 +39,8 @@ from safeopt.diagnostics.measure import Evidence
 from safeopt.diagnostics.spectrum import Spectrum
 
 _RANDOM_DIRECTIONS = 4096
+_SHARES = ("tail", "overlap", "update_overlap")
+_LARGEST_REACH = 700.0  # of a logarithm: e^700 is still a number
 
 
 @dataclass(frozen=True)
@@ -178,14 +181,12 @@ def intervals(
         [figures(evidence, rank, examples=rest) for rest in _without_each(m)],
         [figures(evidence, rank, batches=rest) for rest in _without_each(count)],
     )
-    return {
-        name: jackknife_interval(
-            getattr(point, name),
-            [[getattr(sample, name) for sample in group] for group in samples],
-            level,
-        )
-        for name in NAMES
-    }
+    found = {}
+    for name in NAMES:
+        groups = [[getattr(sample, name) for sample in group] for group in samples]
+        low, high = jackknife_interval(getattr(point, name), groups, level)
+        found[name] = (low, min(high, 1.0)) if name in _SHARES else (low, high)
+    return found
 
 
 def _without_each(count: int) -> list[Tensor]:
@@ -201,13 +202,16 @@ def jackknife_interval(
 
     The variance is the sum of the samples' jackknife variances (q−1)/q Σ(v_i − v̄)², v_i the figure
     without the i-th of q members, in logarithms where all are positive. Its degrees of freedom are
-    Welch's and Satterthwaite's.
+    Welch's and Satterthwaite's. Where a figure is zero without any one member, as the tail with
+    k = m − 1, the sample says nothing of its spread: the interval ends at the largest number.
 
     Args:
         point: the figure.
         groups: for each sample the figures without each of its members; empty for a sample of one.
         level: of the interval.
     """
+    if point > 0 and any(group and not any(group) for group in groups):
+        return 0.0, sys.float_info.max
     positive = point > 0 and all(value > 0 for group in groups for value in group)
     parts = []  # variance and degrees of freedom of each sample
     for group in groups:
@@ -220,17 +224,20 @@ def jackknife_interval(
     if variance == 0:
         return point, point
     freedom = variance**2 / sum(part**2 / count for part, count in parts)
-    reach = _student(0.5 + level / 2, freedom) * variance**0.5
+    reach = min(_student(0.5 + level / 2, freedom) * variance**0.5, _LARGEST_REACH)
     if positive:
         return point * math.exp(-reach), point * math.exp(reach)
     return max(point - reach, 0.0), point + reach
 
 
 def _student(share: float, freedom: float) -> float:
-    """A quantile of Student's t, by its expansion around the normal's (Abramowitz, Stegun 26.7.5).
+    """A quantile of Student's t, for at least one degree of freedom.
 
-    To 1% from 3 degrees of freedom on, for a share of 0.975.
+    That of one degree in closed form, else its expansion around the normal's (Abramowitz and Stegun
+    26.7.5): 3% too small at two degrees for a share of 0.975, 1% at three.
     """
+    if freedom < 1.5:
+        return math.tan(math.pi * (share - 0.5))
     z = NormalDist().inv_cdf(share)
     terms = (
         z,

@@ -68,7 +68,7 @@ class WatchCallback(MonitorCallback):
         self,
         safety: SafetyProbe | str | Path | None = None,
         *,
-        batches: int = 2,
+        batches: int = 4,
         examples: int = 16,
         **options: Any,
     ) -> None:

@@ -256,12 +256,16 @@ class _Protection:
     def _loaded_into(self, optimizer: Optimizer) -> list[Tensor]:
         """The parameters that a state is loaded for.
 
-        Those of the subspace where all are frozen by now: such a state may be put back, too.
+        Those of the subspace, where the optimizer still has them: some may be frozen by now.
 
         Raises:
             ValueError: if all are frozen and there is no subspace.
         """
-        return trained_parameters(optimizer) or self._spanned or protected_parameters(optimizer)
+        groups = [group for group in optimizer.param_groups if group.get("protect", True)]
+        here = {id(p) for group in groups for p in group["params"]}
+        if self._spanned and all(id(p) in here for p in self._spanned):
+            return self._spanned
+        return protected_parameters(optimizer)
 
     def _check_span(self, params: Sequence[Tensor]) -> None:
         """Refuse other parameters than those that the subspace was estimated on."""
