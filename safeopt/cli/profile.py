@@ -28,7 +28,8 @@ def profile(
     """Compare a fine-tuned model with the aligned one: curvature, alignment loss, overlap."""
     with readable_errors(), quiet_libraries():
         folder = out or run / "profile"
-        found, result = _profile(run, folder, safety, rank, examples)
+        check_folder(folder)
+        found, result = _profile(run, safety, rank, examples)
         from safeopt.diagnostics.model_card import section, update_card
         from safeopt.diagnostics.profile_plots import profile_plots
         from safeopt.files import write_json, write_whole
@@ -49,14 +50,11 @@ def profile(
         say(f"wrote {folder}" + (f" and {found.folder}/README.md" if card else ""))
 
 
-def _profile(
-    run: Path, out: Path, safety: Path | None, rank: int, examples: int
-) -> tuple[Any, Any]:
+def _profile(run: Path, safety: Path | None, rank: int, examples: int) -> tuple[Any, Any]:
     with loading("loading the model before and after, and its safety prompts"):
         from safeopt.diagnostics.profile import curvature_profile
         from safeopt.finetuning.finished import load_finished
 
         found = load_finished(run, safety, examples)
-        check_folder(out)
     with console.status("two passes over the safety examples"):
         return found, curvature_profile(found.change, found.batches, found.report, rank=rank)

@@ -136,30 +136,28 @@ def measure(
         "task_backward": len(task),
     }
     objective = Objective(task_loss)
-    gradients, updates, update_norms, weights, task_losses = [], [], [], [], []
+    gradients, inside, updates, update_norms, weights, task_losses = [], [], [], [], [], []
     for index, batch in enumerate(task):
         listener("task gradients", 1 + index, total)
         value, weight, gradient = _gradient(probe.model, objective, batch, params)
         gradients.append(gradient)
+        inside.append(along(rows, gradient))
         weights.append(weight)
         task_losses.append(value)
         update = first_adam_update(gradient)
         updates.append(along(rows, update))
         update_norms.append(_norm(update))
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    mean = [
-        sum((float(w) * g for w, g in zip(shares, parts, strict=True)), torch.zeros_like(parts[0]))
-        for parts in zip(*gradients, strict=True)
-    ]
     stacked = [torch.stack(parts) for parts in zip(*gradients, strict=True)]
-    bent, total_bending = [], [torch.zeros_like(part) for part in mean]
+    gradients.clear()
+    bent, total_bending = [], [torch.zeros_like(part[0]) for part in stacked]
     operator = HessianOperator(probe.model, task[:1], task_loss, params=params)
     for index, batch in enumerate(task):
         listener("Hessian-vector products", 1 + len(task) + index, total)
         kind = operator.chosen_products()  # found out once, on the first batch
         products = operator.on([batch]).matmat(stacked)
         for sum_of, part in zip(total_bending, products, strict=True):
-            sum_of += torch.tensordot(float(shares[index]) * shares.to(part), part, dims=1)
+            sum_of += float(shares[index]) * torch.tensordot(shares.to(part), part, dims=1)
         bent.append(torch.stack([along(rows, v) for v in zip(*products, strict=True)], dim=1))
     counts = operator.counts
     passes["task_forward"] += counts.forward
@@ -173,9 +171,12 @@ def measure(
         response_tokens=probe.response_tokens(examples),
         weights=shares,
         task_losses=torch.tensor(task_losses, dtype=torch.float64),
-        gradient=torch.stack([along(rows, g) for g in gradients], dim=1),
+        gradient=torch.stack(inside, dim=1),
         gradient_products=inner_products(stacked, stacked).cpu(),
-        gradient_energy=torch.tensor([_norm([part]) ** 2 for part in mean], dtype=torch.float64),
+        gradient_energy=torch.tensor(
+            [_norm([torch.tensordot(shares.to(part), part, dims=1)]) ** 2 for part in stacked],
+            dtype=torch.float64,
+        ),
         update=torch.stack(updates, dim=1),
         update_norms=torch.tensor(update_norms, dtype=torch.float64),
         bending=torch.stack(bent, dim=1),
