@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.charts import scale
-from benchmarks.config import ConfigError, RunConfig
+from benchmarks.config import ConfigError
 from benchmarks.leaderboard import environment
 from benchmarks.records import FILE, Record, Result, read_result
 from safeopt.files import write_whole
@@ -51,7 +51,7 @@ def is_ablation(folder: Path) -> bool:
 def panels(result: Result) -> dict[str, list[Value]]:
     """The values of every option, in the config's order; what was not varied stands under ""."""
     found: dict[str, list[Value]] = {}
-    for method in RunConfig.model_validate(result.config).methods:
+    for method in result.run_config().methods:
         records = [record for record in result.records if record.method == method.key]
         if records:
             label = method.key.removeprefix(f"{method.group}=")
@@ -118,7 +118,7 @@ def _html(result: Result, found: dict[str, list[Value]]) -> str:
         .get_template("ablation.html.j2")
         .render(
             result=result,
-            config=RunConfig.model_validate(result.config),
+            config=result.run_config(),
             panels=found,
             width=WIDTH,
             row=ROW,

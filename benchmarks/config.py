@@ -152,6 +152,13 @@ class SweepConfig(RunConfig):
                 method.points()
             except ValidationError as error:
                 raise ValueError(f"{method.key}: {'; '.join(problems(error))}") from None
+        keys = [point.key for method in self.methods for point in method.points()]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"methods: {', '.join(twice)}: the grids have this point twice")
+        if len(set(self.tuning.seeds)) < len(self.tuning.seeds):
+            raise ValueError(
+                f"tuning.seeds={list(self.tuning.seeds)}: each seed may stand there once"
+            )
         return self
 
     def stage(
@@ -163,7 +170,8 @@ class SweepConfig(RunConfig):
     ) -> RunConfig:
         """The plain runs of one stage; ``times`` multiplies the steps."""
         fields = self.model_dump(exclude={"tuning", "long", "methods"})
-        fields["evaluation"]["split"] = split
+        # Without the prompts' losses the leaderboard would have no intervals.
+        fields["evaluation"] |= {"split": split, "per_prompt": True}
         fields["steps"] *= times
         fields["evaluation"]["every"] *= times
         plain = RunConfig.model_validate({**fields, "seeds": seeds, "methods": list(methods)})

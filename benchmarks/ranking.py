@@ -46,7 +46,7 @@ def ranking(folders: Sequence[Path], out: Path, console: Console) -> dict[str, A
         result = read_result(folder)
         if result is None or not result.records:
             raise ConfigError(f"{folder / FILE}: no finished run there")
-        config = RunConfig.model_validate(result.config)
+        config = result.run_config()
         with console.status(f"diagnosing {config.task.name}"):
             diagnosis = diagnosed(config)
         diagnoses[config.task.name] = diagnosis.as_json()
@@ -61,7 +61,7 @@ def ranking(folders: Sequence[Path], out: Path, console: Console) -> dict[str, A
                     "measured_rise": measured,
                     "predicted": predictions(diagnosis, record.learning_rate, record.steps),
                     "curve": curve,
-                    "onset": fit_onset(*zip(*curve, strict=True)).as_json(),
+                    "onset": onset(curve),
                     "calibration": calibration(curve),
                 }
             )
@@ -118,6 +118,14 @@ def correlations(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
             found = [value for value in known if value is not None]
             table[name][key] = sum(found) / len(found) if found else None
     return table
+
+
+def onset(curve: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+    """The fit of a whole run's rise; None where fewer than three points have risen."""
+    try:
+        return fit_onset(*zip(*curve, strict=True)).as_json()
+    except ValueError:
+        return None
 
 
 def calibration(curve: Sequence[tuple[int, float]]) -> dict[str, Any] | None:

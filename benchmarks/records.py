@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.config import ConfigError
+from benchmarks.config import ConfigError, RunConfig
+from benchmarks.entries import problems
 from safeopt.files import write_json
 
 FILE = "result.json"
@@ -157,6 +158,19 @@ class Result(_Strict):
     start: Start | None = None
     failures: list[Failure] = Field(default_factory=list)
 
+    def run_config(self) -> RunConfig:
+        """The config, checked.
+
+        Raises:
+            ConfigError: if this version cannot use it, for want of one of its methods for instance.
+        """
+        try:
+            return RunConfig.model_validate(self.config)
+        except ValidationError as error:
+            raise ConfigError(
+                f"the result's config cannot be used: {'; '.join(problems(error))}"
+            ) from None
+
     def find(self, method: str, seed: int) -> Record | None:
         """The record of a finished run, or None."""
         found = [r for r in self.records if r.method == method and r.seed == seed]
@@ -174,7 +188,7 @@ def read_result(folder: Path) -> Result | None:
         return None
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise ConfigError(
             f"{path}: no result of this benchmark; remove it or choose another --out ({error})"
         ) from error

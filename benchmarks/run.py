@@ -60,13 +60,7 @@ def run(
     Raises:
         ConfigError: if ``out`` holds the result of another config.
     """
-    result = read_result(out)
-    if result is not None and methods_may_change:
-        _keep_methods(result, config)
-    if result is not None and result.config != config.as_json():
-        raise ConfigError(
-            f"{out}: holds the result of another config; choose another --out, or remove the folder"
-        )
+    result = continued(config, out, methods_may_change=methods_may_change)
     if result is None:
         result = Result(environment=environment(config.threads or threads), config=config.as_json())
     pending = [
@@ -77,6 +71,10 @@ def run(
     ]
     if not pending:
         console.print(f"{out}: all {len(result.records)} runs are there already")
+        if methods_may_change:  # there may be fewer of them, or in another order
+            result.failures = []
+            _in_order(result, config)
+            write_result(result, out)
         return result
     if result.records:
         console.print(f"{out}: {len(result.records)} runs are there, {len(pending)} to go")
@@ -107,6 +105,27 @@ def run(
             executor.run(jobs, listener)
     _in_order(result, config)
     write_result(result, out)
+    return result
+
+
+def continued(config: RunConfig, out: Path, *, methods_may_change: bool) -> Result | None:
+    """What `run` goes on with; None where it begins. Nothing is written.
+
+    Args:
+        config: as for `run`.
+        out: as for `run`.
+        methods_may_change: as for `run`.
+
+    Raises:
+        ConfigError: if ``out`` holds the result of another config.
+    """
+    result = read_result(out)
+    if result is not None and methods_may_change:
+        _keep_methods(result, config)
+    if result is not None and result.config != config.as_json():
+        raise ConfigError(
+            f"{out}: holds the result of another config; choose another --out, or remove the folder"
+        )
     return result
 
 

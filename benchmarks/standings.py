@@ -101,7 +101,7 @@ def standings(folder: Path) -> Standings:
             f"{folder / TEST / FILE}: no result of a sweep with evaluation.per_prompt; make one "
             "with `python -m benchmarks sweep CONFIG --out DIR`"
         )
-    config = RunConfig.model_validate(test.config)
+    config = test.run_config()
     swept = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tolerance = SweepConfig.model_validate(swept).tuning.tolerance
     groups = _complete(test, config)
@@ -112,9 +112,11 @@ def standings(folder: Path) -> Standings:
     }
     compared = matched(samples, BASELINE, np.array(test.start.prompts), tolerance)
     others = [read_result(folder / stage) for stage in (VAL, LONG)]
-    grid, long = (_by_family(result) for result in others)
+    val, long = others
+    grid = _by_family(val)
+    longer = {} if long is None else _complete(long, long.run_config())
     rows = [
-        _row(name, members, compared[name], grid.get(name, []), long.get(name, []))
+        _row(name, members, compared[name], grid.get(name, []), longer.get(name, []))
         for name, members in groups.items()
     ]
     rows.sort(key=_rank)
@@ -139,21 +141,27 @@ def _rank(row: Row) -> tuple[bool, float, float]:
 def _complete(
     result: Result, config: RunConfig
 ) -> dict[str, list[tuple[MethodConfig, list[Record]]]]:
-    """Records by family and point; points that lack a seed are left out."""
+    """Records by family and point, the choice first.
+
+    Points that lack a seed are left out, and with its choice a whole family: another point of it is
+    not what was chosen.
+    """
     groups: dict[str, list[tuple[MethodConfig, list[Record]]]] = {}
     for method in config.methods:
         records = [record for record in result.records if record.method == method.key]
-        if len(records) == len(config.seeds):
-            groups.setdefault(method.family, []).append((method, records))
-    return groups
+        groups.setdefault(method.family, []).append((method, records))
+    seeds = len(config.seeds)
+    return {
+        family: [(method, records) for method, records in members if len(records) == seeds]
+        for family, members in groups.items()
+        if len(members[0][1]) == seeds
+    }
 
 
 def _by_family(result: Result | None) -> dict[str, list[Record]]:
     if result is None:
         return {}
-    families = {
-        method.key: method.family for method in RunConfig.model_validate(result.config).methods
-    }
+    families = {method.key: method.family for method in result.run_config().methods}
     found: dict[str, list[Record]] = {}
     for record in result.records:
         found.setdefault(families[record.method], []).append(record)
@@ -173,9 +181,11 @@ def _row(
     members: Sequence[tuple[MethodConfig, list[Record]]],
     compared: Matched,
     grid: Sequence[Record],
-    long: Sequence[Record],
+    longer: Sequence[tuple[MethodConfig, list[Record]]],
 ) -> Row:
     method, records = members[0]
+    # The long runs may be left from an earlier choice.
+    long = next((found for other, found in longer if other == method), [])
 
     def mean(of: Callable[[Record], float], over: Sequence[Record] = records) -> float:
         return sum(of(record) for record in over) / len(over)
@@ -183,7 +193,10 @@ def _row(
     training = mean(lambda r: r.seconds.task + r.seconds.safety)
     return Row(
         method=name,
-        settings=method.key.removeprefix(name).strip("[]").replace(",", ", "),
+        settings=method.key.removeprefix(name)
+        .removeprefix("[")
+        .removesuffix("]")
+        .replace(",", ", "),
         ours=method.name in OURS,
         matched=compared,
         points=tuple(

@@ -47,7 +47,7 @@ def check_result(folder: Path, config: Path | None = None) -> tuple[SweepConfig,
     published = _published(test, config)
     problems: list[str] = []
     for name, result, split in (("val", val, "val"), ("test", test, "test")):
-        given = RunConfig.model_validate(result.config)
+        given = result.run_config()
         seeds = published.tuning.seeds if split == "val" else published.seeds
         wanted = published.stage(split, given.methods, seeds)  # type: ignore[arg-type]
         problems += [f"{name}: {line}" for line in _config_problems(given, wanted)]
@@ -74,7 +74,8 @@ def _published(test: Result, path: Path | None) -> SweepConfig:
         if not isinstance(found, SweepConfig):
             raise ConfigError(f"{path}: no sweep; a submission answers one")
         return found
-    given = RunConfig.model_validate(test.config)
+    given = test.run_config()
+    answered: list[SweepConfig] = []
     for candidate in sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "paper").glob("*.yaml")]):
         if candidate.stem == "base":
             continue
@@ -83,7 +84,13 @@ def _published(test: Result, path: Path | None) -> SweepConfig:
             given.model.name,
             given.task,
         ):
-            return config
+            answered.append(config)
+
+    def differences(config: SweepConfig) -> int:
+        return len(list(_config_problems(given, config.stage("test", given.methods, config.seeds))))
+
+    if answered:  # several share a model and a task, a sweep and its short form for instance
+        return min(answered, key=differences)
     raise ConfigError(
         f"no published sweep has the model {given.model.name!r} and this task; name the config "
         "that it answers with --config"
@@ -182,10 +189,10 @@ def _record_problems(record: Record, config: RunConfig, start: Start) -> Iterato
 
 def _choice_problems(val: Result, test: Result, published: SweepConfig) -> Iterator[str]:
     """Whether the points on test are those that the runs on val choose."""
-    points = RunConfig.model_validate(val.config).methods
+    points = val.run_config().methods
     chosen = choose(points, val, published.tuning)
     wanted = [_settings(point) for group in chosen.values() for point in group]
-    given = [_settings(point) for point in RunConfig.model_validate(test.config).methods]
+    given = [_settings(point) for point in test.run_config().methods]
     for point in given:
         if point not in wanted:
             yield f"test: {point['label']}: not what the runs on val choose"

@@ -13,11 +13,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.config import BASELINE, ConfigError, MethodConfig, SweepConfig, TuningConfig
+from benchmarks.config import (
+    BASELINE,
+    ConfigError,
+    MethodConfig,
+    RunConfig,
+    SweepConfig,
+    TuningConfig,
+)
 from benchmarks.frontier import Outcome, nondominated
 from benchmarks.jobs import Executor
 from benchmarks.records import Record, Result
-from benchmarks.run import run
+from benchmarks.run import continued, run
 from safeopt.files import write_json
 
 VAL, TEST, LONG = "val", "test", "long"
@@ -48,6 +55,9 @@ def sweep(
             a method on val have failed.
     """
     points = tuple(point for method in config.methods for point in method.points())
+    # Before anything is written: the leaderboard of what is there reads its sweep's own config.
+    for name, stage in _stages(config, points).items():
+        continued(stage, out / name, methods_may_change=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, config.as_json())
     console.rule(f"val: {len(points)} grid points")
@@ -65,6 +75,17 @@ def sweep(
         console.rule(f"long: {len(best)} choices, {config.long} times the steps")
         results.append(go_on(config.stage("test", best, config.seeds, config.long), out / LONG))
     return sum(len(result.failures) for result in results)
+
+
+def _stages(config: SweepConfig, points: tuple[MethodConfig, ...]) -> dict[str, RunConfig]:
+    """The stages by their folders, with all points: what is chosen of them is not known yet."""
+    stages = {
+        VAL: config.stage("val", points, config.tuning.seeds),
+        TEST: config.stage("test", points, config.seeds),
+    }
+    if config.long is not None:
+        stages[LONG] = config.stage("test", points, config.seeds, config.long)
+    return stages
 
 
 def choose(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from safeopt.factors import Factors, joined, without
-from safeopt.rows import as_matrix, flat_products, inner_products, row_dtype
+from safeopt.rows import as_matrix, exact_products, flat_products, inner_products, mixed, row_dtype
 
 # Numbers in a temporary tensor, at most: 64 MiB in float32.
 _TEMPORARY = 1 << 24
@@ -210,7 +210,8 @@ class FactoredRows:
                     inside = (left >= low) & (left < high)
                     row.index_add_(0, left[inside] - low, right[inside].to(dtype))
                 else:
-                    row.addmm_(left[:, low:high].to(dtype).T, right.to(dtype))
+                    with exact_products(row.device):
+                        row.addmm_(left[:, low:high].to(dtype).T, right.to(dtype))
         return out
 
     def along(self, index: int, direction: Tensor) -> Tensor:
@@ -231,7 +232,8 @@ class FactoredRows:
         total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         for site in self._sites_of.get(index, []):
             right, step = site.right.to(dtype), max(1, _TEMPORARY // sum(self.shapes[index]))
-            moved = right @ direction.T if site.left[index].dim() == 2 else None
+            with exact_products(right.device):
+                moved = right @ direction.T if site.left[index].dim() == 2 else None
             for low in range(0, len(site.places), step):
                 part = slice(low, low + step)
                 left, places = site.left[index][part], site.places[part]
@@ -257,7 +259,7 @@ class FactoredRows:
         dtype = self.dtypes[index]
         if index in self.dense:
             rows = self.dense[index]
-            step = weights.to(rows) @ as_matrix(rows)
+            step = mixed(weights.unsqueeze(0), rows)
             tensor.add_(step.view(tensor.shape).to(tensor.dtype))
             return
         exact = tensor if tensor.dtype == dtype else torch.zeros_like(tensor, dtype=dtype)
@@ -268,7 +270,9 @@ class FactoredRows:
                 exact.index_add_(0, left, right[site.places] * weight)
             else:
                 summed = right.new_zeros(len(right), left.shape[1])
-                exact.addmm_(summed.index_add_(0, site.places, left.to(dtype) * weight).T, right)
+                summed.index_add_(0, site.places, left.to(dtype) * weight)
+                with exact_products(right.device):
+                    exact.addmm_(summed.T, right)
         if exact is not tensor:
             tensor.add_(exact.to(tensor.dtype))
 
@@ -335,7 +339,8 @@ class FactoredRows:
                 pair = (id(mine), id(theirs))
                 if pair not in known:  # layers with the same input share it
                     known.clear()
-                    known[pair] = mine.right.to(dtype) @ theirs.right.to(dtype).T
+                    with exact_products(self.device):
+                        known[pair] = mine.right.to(dtype) @ theirs.right.to(dtype).T
                 products = _left_products(mine.left[index], theirs.left[index], dtype)
                 inputs = known[pair][mine.places][:, theirs.places]
                 total += _by_example(products * inputs, mine.owners, theirs.owners, total)
@@ -361,7 +366,8 @@ def _left_products(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> Tensor:
         return theirs[:, mine].T.to(dtype)
     if theirs.dim() == 1:
         return mine[:, theirs].to(dtype)
-    return mine.to(dtype) @ theirs.to(dtype).T
+    with exact_products(mine.device):
+        return mine.to(dtype) @ theirs.to(dtype).T
 
 
 def _by_example(products: Tensor, rows: Tensor, columns: Tensor, like: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def factored_gradients(
         params: likewise.
         looped: likewise; these parameters' rows are dense.
         verify: whether the sum over the examples is checked against autograd's total gradient.
-            Needed once for a model and its parameters: it finds those to put into ``looped``.
+            Needed once for a model and its parameters: it finds those to put into ``looped``. Those
+            of modules that are not called are checked in any case, see `Recorder.uncalled`.
         dtype: in which factors are kept; None keeps the dtype in which the layers run.
 
     Returns:
@@ -53,14 +54,15 @@ def factored_gradients(
     recorder = _FactoredRecorder(model, params, len(single_losses), skip=looped)
     with recorder:
         values = losses()
-        wanted: list[Any] = [*recorder.edges, *(params if verify else ())]
-        found: list[Tensor | None] = list(
-            torch.autograd.grad(values.sum(), wanted, allow_unused=True)
-        )
+        checked = range(len(params)) if verify else sorted(recorder.uncalled)
+        wanted: list[Any] = [*recorder.edges, *(params[i] for i in checked)]
+        found: list[Tensor | None] = []
+        if wanted:  # not where all parameters are looped
+            found = list(torch.autograd.grad(values.sum(), wanted, allow_unused=True))
         total = found[len(recorder.edges) :]
         recorder.read(found)
-    rows = recorder.rows(dtype if not verify else None)
-    for index, gradient in enumerate(total):
+    rows = recorder.rows(None if checked else dtype)
+    for index, gradient in zip(checked, total, strict=True):
         if index not in looped and gradient is not None:
             summed = torch.zeros_like(gradient, dtype=row_dtype(gradient))
             rows.add_into(index, summed, torch.ones(len(rows)))

@@ -45,10 +45,11 @@ def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]
         checkpointing: False runs without gradient checkpointing.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone(), buffer._version)
-        for module, _ in modes
-        for name, buffer in module._buffers.items()
+    buffers = [(module, dict(module._buffers)) for module, _ in modes]
+    values = [
+        (buffer, buffer.clone(), buffer._version)
+        for _, named in buffers
+        for buffer in named.values()
         if buffer is not None
     ]
     # A solver comes through here at every product: what is as it should be is not written again.
@@ -71,10 +72,11 @@ def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]
             if module.training != training:
                 module.training = training
         with torch.no_grad():
-            for module, name, buffer, before, version in buffers:
+            for buffer, before, version in values:
                 if buffer._version != version:
                     buffer.copy_(before)
-                module._buffers[name] = buffer  # some modules assign a new tensor
+            for module, named in buffers:
+                module._buffers.update(named)  # some modules assign a new tensor, or their first
 
 
 def _checkpoints(module: nn.Module) -> bool:

@@ -121,7 +121,7 @@ class ReferenceKL:
             current = log_probs[row, targets[row] != IGNORE].gather(-1, index)
             p, rest, rest_now = top.exp(), _log_remainder(top), _log_remainder(current)
             kl = (p * (top - current)).sum(-1) + rest.exp() * (rest - rest_now)
-            losses.append(kl.mean())
+            losses.append(kl.sum() / max(len(kl), 1))  # 0 where no token counts
         return torch.stack(losses)
 
 

@@ -21,8 +21,8 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
 
     Raises:
         FileNotFoundError: if a ``.gguf`` file does not exist.
-        ValueError: if there is no such model, neither here nor on the hub, it cannot be loaded, or
-            it is no causal language model.
+        ValueError: if there is no such model, neither here nor on the hub, it cannot be loaded, its
+            weights are incomplete, or it is no causal language model.
     """
     import transformers
     from safetensors import SafetensorError
@@ -56,6 +56,7 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
         )
         model, found = loaded
         _check_shapes(found["mismatched_keys"])
+        _check_complete(model, set(found["missing_keys"]))
     except SafetensorError as error:
         raise damaged_weights(f"model={name_or_path}", error) from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -93,6 +94,21 @@ def _check_shapes(mismatched: Iterable[str | tuple[str, Any, Any]]) -> None:
         raise ValueError(
             f"{name} has the shape {tuple(given)}, and the configuration asks for {tuple(needed)}"
         )
+
+
+def _check_complete(model: Any, missing: set[str]) -> None:
+    """Refuse weights that lack parameters, which would be random: transformers only logs that."""
+    # Of tied parameters one name is enough; buffers are made by the model itself.
+    given = {id(p) for name, p in _every_name(model) if name not in missing}
+    lacking = sorted({name for name, p in _every_name(model) if id(p) not in given})
+    if lacking:
+        some = ", ".join(lacking[:2]) + (", …" if len(lacking) > 2 else "")
+        raise ValueError(f"its weights lack {some}, which would be random; fetch them again")
+
+
+def _every_name(model: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    """The parameters by name; tied ones have several names."""
+    return model.named_parameters(remove_duplicate=False)
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -40,6 +40,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from safeopt.distributed import ALONE, Layout, Part, local, sharded_gradients
+from safeopt.rows import rounds_products
 from safeopt.rows import row_dtype as row_dtype
 
 logger = logging.getLogger("safeopt")
@@ -83,7 +84,8 @@ def per_example_gradients(
         looped: indices into ``params`` known to need the loop over examples; extended in place.
         layout: how the parameters lie over the processes.
         verify: whether the sum over the examples is checked. For sharded parameters that takes the
-            weights' gradients and their reduction, so do it once; for others it is free.
+            weights' gradients and their reduction, so do it once; for others it is free. Those of
+            modules that are not called are checked in any case, see `Recorder.uncalled`.
 
     Returns:
         Losses and gradients, see `PerExampleGradients`.
@@ -91,7 +93,8 @@ def per_example_gradients(
     total: Sequence[Tensor | None] = ()
     with Recorder(model, params, len(single_losses), looped, layout) as recorder:
         values = losses()
-        if recorder.edges and not verify:  # the gradients of the layers' outputs alone
+        if recorder.edges and not verify and not recorder.uncalled:
+            # The gradients of the layers' outputs alone.
             torch.autograd.grad(values.sum(), recorder.edges, allow_unused=True)
         elif layout.sharded:
             total = sharded_gradients(values.sum(), params)
@@ -151,7 +154,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         self.examples = examples
         self.edges: list[GradientEdge] = []  # of all recorded outputs
         self.mixed: set[int] = set()
-        self.rounded = False  # a layer ran in half precision, by itself or under autocast
+        # A layer ran in half precision, by itself or under autocast, or its products are rounded.
+        self.rounded = row_dtype(params[0]) == torch.float32 and rounds_products(params[0].device)
         self._params = params
         self._layout = layout
         self._parts: Sequence[Part | None] = layout.parts or [None] * len(params)
@@ -166,6 +170,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             }
             if own:
                 self._owned[module] = own
+        self._silent = set(self._owned)  # modules that have not been called
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaying = False
 
@@ -185,6 +190,15 @@ class Recorder(AbstractContextManager["Recorder"]):
         for handle in self._handles:
             handle.remove()
         self.edges.clear()
+
+    @property
+    def uncalled(self) -> set[int]:
+        """Parameters of modules that were not called: without use, or used by other modules.
+
+        One check does not tell which. Where the gradient is zero at first, as that of one of two
+        factors is at an adapter's start, rows of zeros pass it and are wrong later.
+        """
+        return {index for module in self._silent for index in self._owned[module].values()}
 
     def row(self, index: int) -> Tensor:
         """The dense rows of a parameter, zeros at first."""
@@ -232,6 +246,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._replaying or not torch.is_grad_enabled():
             return
+        self._silent.discard(module)
         if not isinstance(output, Tensor):
             self.mixed.update(self._owned[module].values())
         elif output.requires_grad:

@@ -159,25 +159,31 @@ def plan(
     total = sum(p.numel() for p in network.parameters())
     layers = _linear_layers(network)
     if lora is None:
+        whole_ids = _kept_whole(network)
         shapes = [p.shape for p in network.parameters()]
-        trained_layers = _sites(layers, assumed, set())
+        whole = [id(p) in whole_ids for p in network.parameters()]
+        plain = {name: entry for name, entry in layers.items() if _is_factored(entry[0])}
+        trained_layers = _sites(plain, assumed, set())
         size, own = dtype.itemsize, 0
     else:
         targets = {name: x for name, (x, _) in layers.items() if _is_target(config, name)}
-        adapters = [(x.in_features, x.out_features) for x in targets.values()]
+        adapters = [_sides(x) for x in targets.values()]
         shapes = [s for a, b in adapters for s in (torch.Size((lora, a)), torch.Size((b, lora)))]
+        whole = [False] * len(shapes)
         trained_layers = _sites(layers, assumed, set(targets), lora)
         size, own = _FLOAT32, _FLOAT32 * sum(s.numel() for s in shapes)
     trained = sum(shape.numel() for shape in shapes)
     share = 1 / ((3 if lora is None else 2) * assumed.tokens_per_step * total)
     direct = rank * trained
-    compressed, work = _compressed(shapes, rank, assumed.side_rank)
+    compressed, work = _compressed(shapes, whole, rank, assumed.side_rank)
     factored, passes = trained_layers
-    vectors = _FLOAT32 * assumed.window * sum(s.numel() for s in shapes if len(s) == 1)
+    rows = assumed.window * sum(s.numel() for s, kept in zip(shapes, whole, strict=True) if kept)
     bases = {
         "dense": BasisPlan(_FLOAT32 * direct // world_size, 3 * direct * share),
         "int8": BasisPlan(direct * 17 // 16 // world_size, 3 * direct * share),
-        "factored": BasisPlan(factored * dtype.itemsize + vectors, 3 * passes * share),
+        "factored": BasisPlan(
+            factored * dtype.itemsize + _FLOAT32 * rows, 3 * (passes + rows) * share
+        ),
         "compressed": BasisPlan(compressed, 3 * work * share),
     }
     tokens = assumed.examples * assumed.tokens_per_example
@@ -240,16 +246,40 @@ def meta_model(config: Any, name: str) -> nn.Module:
     return network.eval()
 
 
-def _linear_layers(network: nn.Module) -> dict[str, tuple[nn.Linear, int]]:
+def _is_factored(layer: nn.Module) -> bool:
+    """Whether `safeopt.per_example` knows a layer's gradient as a product of two factors.
+
+    Others, such as GPT-2's and Falcon's own linear layers, keep a gradient for each example.
+    """
+    return type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
+
+
+def _kept_whole(network: nn.Module) -> set[int]:
+    """Identities of the parameters whose gradients are kept for each example, not as factors."""
+    owned = [(x, name, p) for x in network.modules() for name, p in x.named_parameters("", False)]
+    return {id(p) for x, name, p in owned if not (_is_factored(x) and name == "weight")}
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """d_in and d_out of a linear layer; GPT-2's is transposed."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+
+
+def _linear_layers(network: nn.Module) -> dict[str, tuple[Any, int]]:
     """Linear layers by name, each with a number that layers with the same input share.
 
     Where the model does not run without weights, each layer counts as one with its own input.
     """
-    names = {x: name for name, x in network.named_modules() if isinstance(x, nn.Linear)}
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D)
+    names = {x: name for name, x in network.named_modules() if isinstance(x, kinds)}
+    found: dict[str, tuple[Any, int]]
     found = {name: (layer, -number) for number, (layer, name) in enumerate(names.items(), start=1)}
     inputs: list[torch.Tensor] = []  # kept, so that no two of them have the same identity
 
-    def note(layer: nn.Linear, args: Any) -> None:
+    def note(layer: Any, args: Any) -> None:
         inputs.append(args[0])
         found[names[layer]] = (layer, id(args[0]))
 
@@ -278,7 +308,7 @@ def _is_target(config: Any, name: str) -> bool:
 
 
 def _sites(
-    layers: dict[str, tuple[nn.Linear, int]],
+    layers: dict[str, tuple[Any, int]],
     assumed: Assumptions,
     targets: set[str],
     lora: int | None = None,
@@ -292,7 +322,7 @@ def _sites(
         if lora is not None and name not in targets:
             continue
         count = responses if name.endswith("lm_head") else tokens
-        a, b = layer.in_features, layer.out_features
+        a, b = _sides(layer)
         numbers += 0 if source in seen else count * a
         seen.add(source)
         if lora is None:
@@ -304,11 +334,13 @@ def _sites(
     return numbers, work
 
 
-def _compressed(shapes: list[torch.Size], rank: int, side: int) -> tuple[int, int]:
+def _compressed(
+    shapes: list[torch.Size], whole: list[bool], rank: int, side: int
+) -> tuple[int, int]:
     """Bytes that the compressed basis takes, and its multiplications for one pass."""
     nbytes, work = 8 * rank * rank, 0  # W is float64
-    for shape in shapes:
-        if len(shape) == 2 and min(shape) > SMALL:
+    for shape, kept_whole in zip(shapes, whole, strict=True):
+        if not kept_whole and min(shape) > SMALL:
             r_b, r_a = (min(side, size) for size in shape)
             numbers = r_b * shape[0] + r_a * shape[1] + rank * r_b * r_a
             nbytes += STORED.itemsize * numbers

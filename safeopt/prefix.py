@@ -33,7 +33,7 @@ def share_prefix(model: nn.Module, batch: Batch) -> dict[str, Any]:
         The rest of the rows, padded on the left, with ``past_key_values`` and ``position_ids``;
         ``attention_mask`` covers the common beginning too. The batch itself where there is nothing
         to share: a short common beginning, a single row, other entries than these, or a model that
-        does not attend to all earlier tokens or takes no cache.
+        does not attend to all earlier tokens, puts virtual tokens before them or takes no cache.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     rows, width = ids.shape
@@ -88,7 +88,13 @@ def _can_share(model: nn.Module, batch: Batch) -> bool:
     config = getattr(model, "config", None)
     if len(batch["input_ids"]) < 2 or not set(batch) <= _KNOWN or config is None:
         return False
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    # PEFT's prompt and prefix tuning would put them between the beginning and the rest as well.
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    if hasattr(config, "get_text_config"):  # a model that sees images too keeps it inside
+        config = config.get_text_config()
+    listed = (getattr(config, name, None) for name in ("layer_types", "attention_layers"))
+    kinds = next(filter(None, listed), ["full_attention"])  # GPT-Neo has a name of its own
     everything = (
         set(kinds) == {"full_attention"} and getattr(config, "sliding_window", None) is None
     )

@@ -113,6 +113,11 @@ class SafetyProbe:
         """Number of safety examples; the held ones follow them, at indices from here on."""
         return len(self._examples) - self.held_count
 
+    @property
+    def indices(self) -> range:
+        """Indices of all examples, safety examples first, then held ones."""
+        return range(len(self._examples))
+
     def divide(self, group: dist.ProcessGroup | None) -> None:
         """Divide the examples over ranks that each hold the whole model, as for a DDP module.
 

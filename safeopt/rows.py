@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -168,23 +168,45 @@ def flat_combination(weights: Tensor, rows: Tensor) -> Tensor:
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """No TensorFloat-32 inside, whatever the user has chosen for training.
+    """No TensorFloat-32 or bfloat16 inside, whatever the user has chosen for training.
 
-    It keeps 11 bits of a number: Uᵀθ − Uᵀθ_r would be lost in the rounding of Uᵀθ.
+    They keep 11 and 8 bits of a number: Uᵀθ − Uᵀθ_r would be lost in the rounding of Uᵀθ. CPUs with
+    bfloat16 products take these at ``torch.set_float32_matmul_precision("medium")``.
     """
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    # The first name is new in torch 2.9, which warns where both are used.
-    new = hasattr(matmul, "fp32_precision")
-    name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
+    before = _precision(device)
+    _set_precision(device, "ieee" if _own_setting(device) else "highest")
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        _set_precision(device, before)
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Whether products of float32 keep fewer bits, by the user's choice for training."""
+    return _precision(device) not in ("ieee", "none", "highest")
+
+
+def _own_setting(device: torch.device) -> Any:
+    """Where a device's precision is set from torch 2.9 on, which warns if both ways are used.
+
+    Before, there is one setting for all devices.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = getattr(backend, "matmul", None)
+    return matmul if hasattr(matmul, "fp32_precision") else None
+
+
+def _precision(device: torch.device) -> str:
+    own = _own_setting(device)
+    return str(torch.get_float32_matmul_precision() if own is None else own.fp32_precision)
+
+
+def _set_precision(device: torch.device, precision: str) -> None:
+    own = _own_setting(device)
+    if own is None:
+        torch.set_float32_matmul_precision(precision)
+    else:
+        own.fp32_precision = precision
 
 
 def _tiles(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +217,8 @@ def _tiles(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def mixed(weights: Tensor, block: Tensor) -> Tensor:
     """Linear combinations of rows: ``weights (k, m)`` times ``block (m, *shape)``."""
-    return (weights.to(block) @ as_matrix(block)).view(weights.shape[0], *block.shape[1:])
+    with exact_products(block.device):
+        return (weights.to(block) @ as_matrix(block)).view(weights.shape[0], *block.shape[1:])
 
 
 def row_dtype(p: Tensor) -> torch.dtype:

@@ -6,8 +6,10 @@ import logging
 import pytest
 import torch
 from test_factored import factored
+from test_krylov import rounded_products
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
-from tolerances import GRADIENT, ORTHONORMAL, relative_error
+from tolerances import COORDINATE, GRADIENT, ORTHONORMAL, relative_error
+from torch import nn
 
 from safeopt.curvature.bases import (
     BASES,
@@ -142,6 +144,59 @@ def test_missing_tensors_are_zero_and_other_dtypes_are_kept(kind):
     basis.expand_into(full, c)
     assert {x.dtype for x in half} == {torch.bfloat16}
     assert all(torch.equal(h, f.bfloat16()) for h, f in zip(half, full, strict=True))
+
+
+@kinds
+def test_rounded_products_of_training_are_not_used(kind):
+    """A basis made and read where training's products have eight bits, against one that is not."""
+    model = model_of()
+    params, rows = trainable(model), rows_of(model)
+    vector = inside(rows, noise(params))
+    length = torch.cat([v.flatten() for v in vector]).norm()
+    vector = [v / length for v in vector]
+    expected, exact = first(kind, rows, params, 4)
+    with rounded_products():
+        values, basis = first(kind, rows, params, 4)
+        identity = basis.inner(basis) - torch.eye(4, dtype=torch.float64)
+        once, c = projection(basis, vector), exact.coordinates(vector)
+    assert relative_error(values, expected) < GRADIENT[torch.float32]
+    assert identity.abs().max() < ORTHONORMAL[torch.float32]
+    assert (c - exact.coordinates(vector)).abs().max() < COORDINATE[torch.float32]
+    assert relative_error(once, projection(exact, vector)) < GRADIENT[torch.float32]
+
+
+class Gated(nn.Module):
+    """A model with a parameter that is one number and one that has none."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.gate = nn.Parameter(torch.tensor(1.5))
+        self.nothing = nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, **batch):
+        output = self.model(**batch)
+        output.logits = output.logits * self.gate
+        return output
+
+
+@kinds
+def test_parameters_of_one_number_and_of_none(kind):
+    model = Gated(model_of())
+    params, rows = trainable(model), rows_of(model)
+    _, basis = first(kind, rows, params, 4)
+    basis = basis.window(basis.coordinates_of(rows), rows).directions(torch.eye(4, 10).double())[0]
+    assert basis.rank == 4
+    identity = basis.inner(basis) - torch.eye(4, dtype=torch.float64)
+    assert identity.abs().max() < ORTHONORMAL[torch.float32]
+    vector = inside(rows, noise(params))
+    once = projection(basis, vector)
+    assert relative_error(projected_again(basis, once, vector), once) < GRADIENT[torch.float32]
+    one_by_one = [basis.coordinates([block[i] for block in dense_of(rows)]) for i in range(5)]
+    in_basis = basis.coordinates_of(rows)
+    assert relative_error(in_basis, torch.stack(one_by_one)) < GRADIENT[torch.float32]
+    again = basis_from_state(basis.state_dict(), params)
+    assert torch.equal(again.coordinates(vector), basis.coordinates(vector))
 
 
 def refreshed(kind, model, times=3, window=10, rank=32):

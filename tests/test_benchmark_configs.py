@@ -118,6 +118,9 @@ def test_rows_of_any_form_become_conversations(tmp_path: Path):
         {"q": "two?", "a": {"text": ["2", "II"], "start": [0, 1]}},
         {"q": "", "a": "no prompt"},
         {"q": "no response", "a": None},
+        {"q": "no column"},
+        {"q": "half a pair \ud83d", "a": "no tokenizer takes it"},
+        ["no object"],
     ]
     found = hub.examples(rows, "d", prompt="q", response="a", instruction="Answer.")
     assert [(e.prompt[0]["content"], e.response) for e in found] == [
@@ -134,9 +137,10 @@ def test_rows_of_any_form_become_conversations(tmp_path: Path):
     lines = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Nothing.", "output": ""},
+        ["no object"],
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
     ]
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8-sig")
     found = examples_of(TaskConfig(name=str(file)))
     assert [(e.prompt[0]["content"], e.response) for e in found] == [
         ("Add.\n\n1 2", "3"), ("hi", "ho"),

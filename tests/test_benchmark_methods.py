@@ -333,6 +333,14 @@ def test_early_stop_goes_back_to_the_last_good_parameters_and_saves_the_rest():
     assert method.limit == pytest.approx(alignment + 1e-6, rel=1e-4)
 
 
+def test_early_stop_goes_back_from_what_is_no_number():
+    method = build("early_stop", every=1)
+    start = flat(method.setup.params)
+    method.optimizer.step = lambda: [p.data.fill_(float("nan")) for p in method.setup.params]
+    assert [loss.forward for loss in run(method, 2, finish=True)] == [1, 0]
+    assert torch.equal(flat(method.setup.params), start)
+
+
 def test_ten_examples_trains_on_the_examples_after_training_only():
     method, plain = build("ten_examples", steps=3, examples=5), build("adamw")
     run(plain, 3)

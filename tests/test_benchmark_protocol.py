@@ -195,6 +195,11 @@ def plain() -> dict:
             {"methods": [{"name": "adamw"}, {"name": "replay", "grid": {"wieght": [1]}}]},
             "wieght: no such setting",
         ),
+        (
+            {"methods": [{"name": "adamw", "grid": {"learning_rate": [0.01, 1e-2]}}]},
+            r"adamw\[learning_rate=0\.01\]: the grids have this point twice",
+        ),
+        ({"tuning": {"seeds": [3, 3]}}, r"tuning\.seeds=\[3, 3\]: each seed may stand there once"),
     ],
 )
 def test_sweeps_that_cannot_be_fair_are_refused(change: dict, message: str):
@@ -209,6 +214,7 @@ def test_a_grid_needs_a_sweep_and_stages_are_plain_configs():
     assert (long.steps, long.evaluation.every, long.evaluation.split) == (16, 16, "test")
     val = sweep.stage("val", sweep.methods[1].points(), (0,))
     assert (val.evaluation.split, val.seeds, len(val.methods)) == ("val", (0,), 2)
+    assert val.evaluation.per_prompt, "the leaderboard needs them"
     with pytest.raises(ValueError, match="a grid needs a sweep"):
         RunConfig.model_validate({k: v for k, v in plain().items() if k != "tuning"})
 

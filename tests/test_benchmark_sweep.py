@@ -19,7 +19,7 @@ from benchmarks.ablation import ablation
 from benchmarks.charts import scale
 from benchmarks.config import ConfigError, RunConfig, SweepConfig
 from benchmarks.leaderboard import leaderboard, markdown
-from benchmarks.records import read_result
+from benchmarks.records import Failure, read_result, write_result
 from benchmarks.run import run
 from benchmarks.standings import standings
 from benchmarks.submit import check_method, check_result
@@ -59,7 +59,6 @@ def plain() -> dict:
             "refusal_prompts": 4,
             "over_refusal_prompts": 4,
             "new_tokens": 4,
-            "per_prompt": True,
             "harmless_kl": True,
             "metric_examples": 2,
         },
@@ -129,8 +128,24 @@ def test_a_sweep_goes_on_where_it_was_left(folder: Path, tmp_path: Path, monkeyp
     found = again.find(lost["method"], lost["seed"])
     assert found.curve[-1].prompts == lost["curve"][-1]["prompts"]
     assert again.records[0].model_dump() == whole["records"][0]
-    with pytest.raises(ConfigError, match="the result of another config"):
-        sweep(SweepConfig.model_validate({**plain(), "steps": 5}), out, QUIET)
+    kept = (out / "sweep.json").read_bytes()
+    for other in ({"steps": 5}, {"seeds": [0, 1, 2]}):  # refused by val, and by test only
+        with pytest.raises(ConfigError, match="the result of another config"):
+            sweep(SweepConfig.model_validate({**plain(), **other}), out, QUIET)
+        assert (out / "sweep.json").read_bytes() == kept, "it says what was run"
+
+
+def test_methods_can_be_taken_out_although_nothing_is_left_to_run(folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    result = read_result(out / "test")
+    result.failures = [Failure(method="projected_adamw", seed=0, error="gone with its method")]
+    write_result(result, out / "test")
+    fewer = SweepConfig.model_validate({**plain(), "methods": plain()["methods"][:2]})
+    assert sweep(fewer, out, QUIET) == 0
+    found = standings(out)
+    assert {row.method for row in found.rows} == {"adamw", "replay"}
+    assert found.failures == ()
 
 
 def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
@@ -178,6 +193,36 @@ def test_failed_and_missing_runs_are_told(folder: Path, tmp_path: Path):
     assert "out of &lt;memory&gt;" in page
 
 
+def test_no_other_point_takes_the_place_of_the_choice(folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    long = read_result(out / "long")
+    ours = next(m for m in long.config["methods"] if m["name"] == "projected_adamw")
+    ours["learning_rate"] = 1e-3  # left from an earlier choice
+    write_result(long, out / "long")
+    rises = {row.method: row.long_rise for row in standings(out).rows}
+    assert {method for method, rise in rises.items() if rise is None} == {"projected_adamw"}
+
+    result = read_result(out / "test")
+    choice, other = (m["label"] for m in result.config["methods"] if m["name"] == "adamw")
+    result.records = [r for r in result.records if (r.method, r.seed) != (choice, 0)]
+    assert sum(record.method == other for record in result.records) == 2
+    write_result(result, out / "test")
+    with pytest.raises(ConfigError, match="adamw has not finished with every seed"):
+        standings(out)
+
+
+def test_a_result_whose_method_is_gone_is_told(folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    result = read_result(out / "test")
+    result.config["methods"][-1]["name"] = "gone.py:Mine"
+    write_result(result, out / "test")
+    for read in (standings, check_result):
+        with pytest.raises(ConfigError, match=r"gone\.py:Mine'?: this method cannot"):
+            read(out)
+
+
 def test_an_ablation_has_a_panel_for_each_option(tmp_path: Path):
     fields = {k: v for k, v in plain().items() if k not in ("tuning", "long")}
     fields["methods"] = [
@@ -220,6 +265,19 @@ def test_an_honest_result_passes(folder: Path, config: Path):
     done = CliRunner().invoke(app, ["submit", str(folder), "--config", str(config)])
     assert done.exit_code == 0, done.output
     assert "passes" in done.output
+
+
+def test_the_config_that_a_result_answers_is_found(
+    folder: Path, config: Path, tmp_path: Path, monkeypatch
+):
+    """Not the first one with its model and task: that may be a shorter form."""
+    shutil.copy(config, tmp_path / "sweep.yaml")
+    short = {"extends": "sweep.yaml", "seeds": [0], "long": None}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(short), encoding="utf-8")
+    monkeypatch.setattr("benchmarks.submit.CONFIGS", tmp_path)
+    answered, problems = check_result(folder)
+    assert answered.seeds == (0, 1)
+    assert problems == []
 
 
 def tampered(folder: Path, out: Path, stage: str, change) -> Path:

@@ -263,9 +263,10 @@ def test_a_folder_belongs_to_one_config(tmp_path: Path, config: RunConfig):
     write_result(Result(environment={}, config=other.as_json()), tmp_path)
     with pytest.raises(ConfigError, match="the result of another config"):
         run(config, tmp_path, QUIET)
-    (tmp_path / "result.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ConfigError, match="no result of this benchmark"):
-        run(config, tmp_path, QUIET)
+    for damaged in (b"{", b'{"records": "\xff"}'):
+        (tmp_path / "result.json").write_bytes(damaged)
+        with pytest.raises(ConfigError, match="no result of this benchmark"):
+            run(config, tmp_path, QUIET)
 
 
 # --- figures ---

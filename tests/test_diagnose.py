@@ -19,6 +19,7 @@ from safeopt.diagnostics.conditions import (
     jackknife_interval,
     random_coupling,
 )
+from safeopt.diagnostics.layers import module_name
 from safeopt.diagnostics.measure import Evidence, first_adam_update
 from safeopt.diagnostics.spectrum import Spectrum
 
@@ -77,6 +78,16 @@ def test_every_figure_equals_its_closed_form():
     assert result.figures.update_overlap == pytest.approx(update, rel=1e-6)
     assert [c.holds for c in result.conditions] == [True, True, True]
     assert result.verdict.risk == "at risk"
+
+
+def test_the_kth_eigenvalue_is_zero_where_the_examples_span_fewer_directions():
+    """Examples that repeat each other, as the pairs ±g do."""
+    model, probe = analytic()
+    batches, loss = task_of(model)
+    result = diagnose(probe, batches, task_loss=loss, rank=5)
+    assert result.figures.lowest == 0
+    assert result.intervals["lowest"] == (0, 0)
+    assert result.figures.top == pytest.approx(4)
 
 
 def model_update(result):
@@ -172,6 +183,19 @@ def test_lora_at_its_start_is_half_blind_and_says_so():
     assert len(result.evidence.blind) == 4
     assert all("lora_A" in name for name in result.evidence.blind)
     assert any("LoRA's B = 0" in note for note in result.verdict.notes)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "module"),
+    [
+        ("base_model.model.model.layers.3.mlp.up_proj.lora_A.safe.weight", "layers.3.mlp.up_proj"),
+        ("base_model.model.model.embed_tokens.lora_embedding_B.safe", "embed_tokens"),
+        ("base_model.model.model.head.modules_to_save.safe.bias", "head"),
+        ("model.layers.3.mlp.up_proj.base_layer.weight", "layers.3.mlp.up_proj"),
+    ],
+)
+def test_modules_are_called_as_the_model_calls_them(parameter, module):
+    assert module_name(parameter) == f"model.{module}"
 
 
 def test_wrong_arguments_are_named():

@@ -39,6 +39,7 @@ def test_the_report_has_what_programs_and_people_read(files, tmp_path):
     assert data["config"]["model"] == str(files / "model")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert data["verdict"].split(".")[0].replace("'", "&#39;") in page
+    assert "99% of random directions of that length stay below the threshold" in page
     assert page.count("data:image/svg+xml") == 2
     assert [path.name for path in out.iterdir() if "partial" in path.name] == []
 

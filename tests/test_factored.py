@@ -17,6 +17,7 @@ from test_per_example import (
 )
 from tiny_models import safety_batch, single, tiny_llama, trainable, with_lora
 from tolerances import GRADIENT, relative_error
+from torch import nn
 
 from safeopt import factored as module
 from safeopt import refusal_nll
@@ -114,6 +115,39 @@ def test_fallback_to_the_loop_is_remembered(middle):
         assert runs == [5, 1, 1, 1, 1, 1]
         assert looped
         assert looped <= set(rows.dense)
+        assert relative_error(flat(blocks(rows)), dense) < GRADIENT[torch.float64]
+
+
+class Scales(nn.Module):
+    """Two factors used outside of the module that owns them; one is zero, as at LoRA's start."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = nn.ParameterDict({"a": torch.rand(2, 8), "b": torch.zeros(8, 2)})
+
+    def forward(self, x):
+        return x @ self.factors["a"].T @ self.factors["b"].T
+
+
+def test_a_zero_gradient_proves_nothing():
+    """At its start the first factor's gradient is zero; its rows must not stay so."""
+    model, batch, looped = Toy(Scales()).double(), safety_batch(), set()
+    factored(model, batch, looped)
+    with torch.no_grad():
+        model.middle.factors["b"].normal_()
+    dense = flat(looped_rows(model, trainable(model), batch))
+    _, rows, _ = factored(model, batch, looped, verify=False)
+    assert relative_error(flat(blocks(rows)), dense) < GRADIENT[torch.float64]
+
+
+def test_all_parameters_looped():
+    model, batch, looped = Toy(Scales()).double(), safety_batch(), set()
+    model.requires_grad_(False)
+    model.middle.factors["b"].requires_grad_(True)
+    dense = flat(looped_rows(model, trainable(model), batch))
+    for verify in (True, False):
+        _, rows, runs = factored(model, batch, looped, verify=verify)
+        assert runs == [5, 1, 1, 1, 1, 1]
         assert relative_error(flat(blocks(rows)), dense) < GRADIENT[torch.float64]
 
 

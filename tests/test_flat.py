@@ -74,13 +74,16 @@ def test_sums_over_many_columns_are_as_precise_as_in_float64():
     assert float(FlatBlocks([block]).products([[vector]])) == pytest.approx(exact, rel=2e-7)
 
 
-def test_products_on_a_gpu_do_without_tf32_whatever_training_uses():
-    matmul = torch.backends.cuda.matmul
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_products_do_without_tf32_whatever_training_uses(device):
+    matmul = (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with rows.exact_products(torch.device("cuda")):
+        assert rows.rounds_products(torch.device(device))
+        with rows.exact_products(torch.device(device)):
             assert matmul.fp32_precision == "ieee"
+            assert not rows.rounds_products(torch.device(device))
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before

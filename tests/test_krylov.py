@@ -1,6 +1,6 @@
 """Eigensolvers against dense linear algebra, their counts of products, and warm starts."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -37,6 +37,17 @@ class Dense:
 
     def retained(self):
         return nullcontext()
+
+
+@contextmanager
+def rounded_products():
+    """float32 products in bfloat16, as training may want them; CPUs that can do so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def matrix_of(values, seed=0):
@@ -253,6 +264,35 @@ def test_dependent_start_vectors():
     start = as_basis(torch.cat([vectors[:3], vectors[:3]]))
     result = block_krylov(Dense(matrix), 6, start=start, tolerance=1e-7)
     assert (result.eigenvalues - values[:6]).abs().max() < 1e-10
+
+
+def test_more_vectors_at_a_time_than_are_kept():
+    values = decaying()
+    matrix, vectors = matrix_of(values)
+    operator = Dense(matrix)
+    result = block_krylov(operator, 1, block=8, tolerance=1e-7)
+    check(result, operator, (values[:1], vectors[:1]), 1e-7)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rounded_products_of_training_are_not_used(solver):
+    """The eigenvectors are orthonormal and their residuals true."""
+    values = torch.linspace(0, 1, 40_000)
+    values[-6:] = torch.arange(5.0, 11)
+
+    class Diagonal(Dense):
+        def matmat(self, vectors):
+            self.products += len(vectors[0])
+            return [vectors[0] * self.matrix]
+
+    operator = Diagonal(values, [(40_000,)], torch.float32)
+    with rounded_products():
+        result = SOLVERS[solver](operator, 6, tolerance=1e-4)
+    assert result.converged
+    u = result.basis.blocks[0].double()
+    assert (u @ u.T - torch.eye(6, dtype=u.dtype)).abs().max() < ORTHONORMAL[torch.float32]
+    errors = (u * values - result.eigenvalues.unsqueeze(1) * u).norm(dim=1)
+    assert (errors <= 1.01e-4 * result.eigenvalues).all()
 
 
 def test_smaller_blocks_spend_fewer_products():

@@ -93,6 +93,17 @@ def test_labels_without_refusal_tokens():
         refusal_nll(tiny_llama(), batch)
 
 
+def test_one_example_without_refusal_tokens_loses_nothing():
+    model, batch = tiny_llama().eval(), safety_batch()
+    batch["labels"][1] = IGNORE
+    kl = ReferenceKL()
+    kl.cache(model, batch)
+    for loss in (refusal_nll, kl):
+        losses = loss(tiny_llama(seed=1).eval(), batch)
+        assert float(losses[1]) == 0
+        assert bool((losses[[0, 2, 3, 4]] > 0).all())
+
+
 def test_forward_arguments_behind_wrappers():
     inner = tiny_llama()
     expected = forward_arguments(inner)

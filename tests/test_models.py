@@ -7,6 +7,7 @@ import json
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama, tiny_tokenizer
 from transformers import T5Config
 
@@ -122,3 +123,27 @@ def test_weights_of_other_shapes_are_named(saved):
         load_causal_lm(str(saved))
     assert str(refused.value).startswith(f"model={saved}: ")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("tied", "dropped", "lacking"),
+    [
+        (False, "layers.1.mlp.up_proj", r"model\.layers\.1\.mlp\.up_proj\.weight, which"),
+        (False, "lm_head", r"lm_head\.weight, which"),
+        (True, "embed_tokens", r"lm_head\.weight, model\.embed_tokens\.weight, which"),
+        (False, "proj", r"mlp\.gate_proj\.weight, …, which"),
+        (True, "lm_head", None),  # never there
+    ],
+)
+def test_weights_that_are_missing_are_named_and_not_random(tmp_path, tied, dropped, lacking):
+    tiny_llama(tied=tied).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if dropped not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if lacking is None:
+        load_causal_lm(str(tmp_path))
+        return
+    with pytest.raises(ValueError, match=rf"its weights lack .*{lacking} would be random") as error:
+        load_causal_lm(str(tmp_path))
+    assert str(error.value).startswith(f"model={tmp_path}: ")

@@ -11,10 +11,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from test_restore import HARMFUL, HARMLESS, NEW_ANSWER, REFUSAL, aligned, chats, load  # noqa: F401
 from tiny_models import safety_batch, task_step, tiny_llama, trainable, with_lora
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
+from transformers import optimization
 from transformers.optimization import Adafactor
 
 from safeopt import PreconditionedSGD, ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
@@ -243,6 +245,59 @@ def test_steps_that_move_nothing_are_not_watched():
     optimizer.step()  # no gradients
     assert monitor.check(1).alignment_loss is None
     assert monitor.reference is None
+
+
+@pytest.mark.parametrize("thaw", [False, True])
+def test_parameters_may_be_frozen_or_thawed_on_the_way(thaw):
+    """The subspace is then that of the parameters which are trained from there on."""
+    model = tiny_llama()
+    some = list(model.parameters())[:3]
+    for p in some:
+        p.requires_grad_(not thaw)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = SafetyMonitor(optimizer, probe_of(model), every=2, budget=9)
+    for step in range(1, 8):
+        if step == 6:
+            for p in some:
+                p.requires_grad_(thaw)
+        task_step(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        found = monitor.check(step)
+        spanned = len(dense(monitor._observation.geometry.subspace))
+        assert spanned == sum(p.numel() for p in trainable(model))
+    assert found.overlap is not None
+    predicted = monitor.check(7, measure=True)
+    assert predicted.alignment_predicted == pytest.approx(predicted.alignment_loss, abs=0.01)
+
+
+def test_gradients_that_it_cannot_follow_stop_nobody(caplog):
+    model = tiny_llama()
+    model.model.embed_tokens.sparse = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    monitor = SafetyMonitor(optimizer, probe_of(model), every=1, budget=9)
+    for step in range(1, 3):
+        task_step(model, step)
+        optimizer.step()
+        assert monitor.check(step).alignment_loss is not None
+    assert "the safety subspace cannot be estimated" in caplog.text
+
+
+def test_a_protected_step_that_fails_after_resuming_is_watched_nevertheless():
+    model = with_lora(tiny_llama())
+    first, resumed = (
+        ProjectedAdamW(trainable(model), lr=1e-3, probe=probe_of(model), on_refresh_error="warn")
+        for _ in range(2)
+    )
+    task_step(model, 1)
+    first.step()
+    resumed.load_state_dict(first.state_dict())
+    monitor = SafetyMonitor(resumed, probe_of(model), every=1)
+    task_step(model, 2)
+    trainable(model)[0].grad[:] = math.nan
+    with pytest.warns(RuntimeWarning, match="not protected"):
+        resumed.step()
+    assert monitor.check(2).alarm
 
 
 def test_it_leaves_an_optimizer_when_it_is_closed():
@@ -608,6 +663,27 @@ def test_the_least_rate_of_a_plateau_is_lowered(least):
     assert rates[1] == pytest.approx([0.5 * rate for rate in rates[0]])
 
 
+@pytest.mark.skipif(
+    not hasattr(optimization, "GreedyLR"), reason="this transformers has no GreedyLR"
+)
+def test_a_schedule_that_starts_again_starts_at_the_lowered_rate():
+    rates = []
+    for factor in (1.0, 0.5):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.8)
+        scheduler = optimization.GreedyLR(
+            optimizer, patience=0, factor=0.5, min_lr=0.2, reset_start=2
+        )
+        rates.append([])
+        for step in range(10):
+            if step == 3:
+                lower_learning_rate(optimizer, [scheduler], factor)
+            scheduler.step(1.0)
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+    plain, lowered = rates
+    assert plain[4] == 0.8, "it starts again"
+    assert lowered[3:] == pytest.approx([0.5 * rate for rate in plain[3:]])
+
+
 def test_a_rate_that_groups_share_is_lowered_once():
     """A tensor given as lr is the same one in all groups."""
     rate = torch.tensor(0.8)
@@ -639,6 +715,17 @@ def test_a_snapshot_can_be_restored_twice():
         optimizer.step()
         taken.restore()
         assert equal(run_state(model, optimizer), safe)
+
+
+def test_a_resumed_run_goes_back_to_where_it_began(caplog):
+    """Which is not step 0, as far as anybody who reads the log is concerned."""
+    model, optimizer, scheduler, monitor = watched("rollback")
+    monitor.load_state_dict({"reference": 9.0, "rollbacks": 0, "scale": 1.0})
+    go(model, optimizer, scheduler, 501)
+    spike(model)
+    assert monitor.check(501, measure=True).rolled_back
+    assert "step 501: alignment loss" in caplog.text
+    assert "back to the start of this run, learning rate times 0.5" in caplog.text
 
 
 def test_its_numbers_go_into_a_checkpoint():
@@ -684,5 +771,7 @@ def test_wrong_types_are_named():
     model = with_lora(tiny_llama())
     with pytest.raises(TypeError, match="optimizer=Linear"):
         SafetyMonitor(torch.nn.Linear(1, 1), probe_of(model))
+    with pytest.raises(TypeError, match="AcceleratedOptimizer: it wraps another optimizer"):
+        SafetyMonitor(Accelerator(cpu=True).prepare(adamw(model)), probe_of(model))
     with pytest.raises(TypeError, match="probe=int"):
         SafetyMonitor(adamw(model), 3)

@@ -35,6 +35,7 @@ def trainer(tmp_path, callbacks=(), optimizer=None, **options):
         model=model,
         args=TrainingArguments(output_dir=str(tmp_path), **(choices | options)),
         train_dataset=Rows(),
+        eval_dataset=Rows(),
         optimizers=(optimizer, None),
         callbacks=list(callbacks),
     )
@@ -119,6 +120,16 @@ def test_checkpoints_and_the_end_are_measured(tmp_path):
     assert {5, 7} <= {check.step for check in watch.monitor.history}
 
 
+def test_the_best_checkpoint_is_measured_before_it_is_saved(tmp_path):
+    saving = {
+        "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 3, "max_steps": 7,
+        "metric_for_best_model": "loss",
+    }  # fmt: skip
+    run, watch, _ = watched(tmp_path, every=100, budget=9, trainer_options=saving)
+    run.train()
+    assert {3, 6, 7} <= {check.step for check in watch.monitor.history}
+
+
 def test_reporters_get_the_figures(tmp_path):
     """TensorBoard and the like come first in Trainer's list; the figures are there nevertheless."""
     listener = Listener()
@@ -132,13 +143,15 @@ def test_reporters_get_the_figures(tmp_path):
     assert "monitor/alignment_loss" in run.state.log_history[-2]
 
 
-def test_a_resumed_run_keeps_the_reference(tmp_path):
+@pytest.mark.parametrize("restoring", [False, True])
+def test_a_resumed_run_keeps_the_reference(tmp_path, restoring):
     saving = {"save_strategy": "steps", "save_steps": 5}
     run, watch, _ = watched(tmp_path, (3,), every=1, action="rollback", trainer_options=saving)
     run.train()
     saved = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
-    numbers = saved["stateful_callbacks"]["MonitorCallback"]["attributes"]
+    numbers = saved["stateful_callbacks"]["safeopt.MonitorCallback"]
     assert numbers == {"reference": watch.monitor.reference, "rollbacks": 1, "scale": 0.5}
+    saving["restore_callback_states_from_checkpoint"] = restoring  # by Trainer, in its own way
     again, resumed, _ = watched(tmp_path, every=1, action="rollback", trainer_options=saving)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert resumed.monitor.reference == watch.monitor.reference

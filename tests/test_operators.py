@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_krylov import SOLVERS, flat, subspace_angle
+from test_krylov import SOLVERS, flat, rounded_products, subspace_angle
 from tiny_models import (
     safety_batch,
     single,
@@ -308,6 +308,55 @@ def test_bfloat16_vectors_are_float32():
         assert {x.dtype for x in actual} == {torch.float32}
         a, b = (torch.cat([x.flatten() for x in y]) for y in (actual, expected))
         assert relative_error(a, b) < 2 * GRADIENT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator, FisherOperator])
+def test_vectors_of_any_dtype(operator):
+    curvature = operator(tiny_llama(), [safety_batch()], micro_batch_size=4)
+    generator = torch.Generator().manual_seed(0)
+    vector = [torch.randn(p.shape, generator=generator).bfloat16() for p in curvature.params]
+    expected = curvature.matvec([x.float() for x in vector])
+    for dtype in (torch.bfloat16, torch.float64):
+        actual = curvature.matvec([x.to(dtype) for x in vector])
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("products", ["auto", "finite"])
+@pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
+def test_rounded_products_of_training_are_not_used(operator, products):
+    """Of the rounding of eight bits finite differences would leave nothing."""
+    model = tiny_llama(hidden=64)
+    generator = torch.Generator().manual_seed(0)
+    vector = [torch.randn(p.shape, generator=generator) for p in trainable(model)]
+    expected = operator(model, [safety_batch()], products="double").matvec(vector)
+    with rounded_products():
+        actual = operator(model, [safety_batch()], products=products).matvec(vector)
+    a, b = (torch.cat([x.flatten() for x in y]) for y in (actual, expected))
+    assert relative_error(a, b) < (1e-6 if products == "auto" else 1e-2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ["hessian", "ggn", "fisher"])
+def test_examples_without_a_label_count_as_they_do_in_a_larger_batch(name, loss):
+    """The first two examples, on which backends are tried, and some micro-batches have no label."""
+    batch = safety_batch()
+    batch["labels"][:2] = -100
+    operator = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": FisherOperator}[name]
+    whole, cut = (operator(MODEL, [batch], loss, params=some, micro_batch_size=n) for n in (5, 1))
+    generator = torch.Generator().manual_seed(0)
+    vector = [torch.randn(p.shape, generator=generator).double() for p in whole.params]
+    a, b = (torch.cat([x.flatten() for x in o.matvec(vector)]) for o in (cut, whole))
+    assert float(b.norm()) > 0
+    assert relative_error(a, b) < 1e-10
+    if name == "fisher":
+        assert relative_error(flat_rows(cut), flat_rows(whole)) < 1e-10
+    batch["labels"][:] = -100
+    with pytest.raises((ValueError, RuntimeError), match="labels: every entry is -100"):
+        operator(MODEL, [batch], loss, params=some).matvec(vector)
+
+
+def flat_rows(fisher):
+    return torch.cat([row.flatten(1) for row in fisher.rows()], dim=1)
 
 
 @pytest.mark.parametrize("name", ["hessian", "ggn", "fisher"])

@@ -161,24 +161,38 @@ def test_a_model_may_be_frozen_before_its_optimizer_is_saved(name):
     assert_same_run(optimizer.safety, fresh.safety)
 
 
+@names
 @pytest.mark.parametrize("steps", [0, 6])
-def test_so_may_a_model_of_a_process_group(steps, monkeypatch):
+def test_so_may_a_model_of_a_process_group(name, steps, monkeypatch):
     """Where the basis travels among the parameters' own entries."""
     monkeypatch.setattr("safeopt.optim.protection.in_process_group", lambda: True)
-    model, optimizer = build("ProjectedAdamW", **OPTIONS)
+    model, optimizer = build(name, **OPTIONS)
     run(model, optimizer, steps)
-    frozen(model, 0.5)
-    optimizer.state_dict()
-    frozen(model)
-    state = through_a_file(optimizer.state_dict())
-    again, fresh = build("ProjectedAdamW", **OPTIONS)
+    again, fresh = build(name, **OPTIONS)
     again.load_state_dict(model.state_dict())
+    for share in (0.5, 1.0):
+        frozen(model, share)
+        state = through_a_file(optimizer.state_dict())
+        if steps:
+            optimizer.load_state_dict(copy.deepcopy(state))
     fresh.load_state_dict(state)
     assert_same_run(optimizer.safety, fresh.safety)
     frozen(again)
-    _, other = build("ProjectedAdamW", model=again, params=list(again.parameters()), **OPTIONS)
+    _, other = build(name, model=again, params=list(again.parameters()), **OPTIONS)
     with pytest.raises(ValueError, match="no parameter is left to protect"):
         other.load_state_dict(state)
+
+
+@names
+def test_a_model_may_be_frozen_right_after_its_first_look(name, monkeypatch):
+    """Which `restore` has taken, before any step."""
+    monkeypatch.setattr("safeopt.optim.protection.in_process_group", lambda: True)
+    model, optimizer = build(name, **OPTIONS)
+    optimizer.restore()
+    frozen(model)
+    _, fresh = build(name, **OPTIONS)
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_run(optimizer.safety, fresh.safety)
 
 
 def without(*path):

@@ -27,7 +27,7 @@ from tolerances import COORDINATE
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from safeopt import ProjectedAdamW, RefreshPolicy, SafetyConfig
+from safeopt import ProjectedAdamW, RefreshPolicy, SafetyConfig, safeguard
 
 EVERY = RefreshPolicy.fixed(2)
 CASES = [(name, case) for name, line in OPTIMIZERS.items() for case in line.inputs]
@@ -152,7 +152,8 @@ def test_groups_can_be_added_before_the_first_step(name):
 
 
 @names
-def test_other_protected_parameters_are_refused_after_the_first_step(name):
+@pytest.mark.parametrize("steps", [0, 3])
+def test_other_protected_parameters_are_refused_after_the_first_estimate(name, steps):
     """What the aligned model's loss does along them is not known; nothing changes."""
     changes = {
         "added": lambda optimizer, free: optimizer.add_param_group({"params": free}),
@@ -167,12 +168,14 @@ def test_other_protected_parameters_are_refused_after_the_first_step(name):
         model = tiny_llama(layers=1)
         *chosen, free = trainable(model)
         _, optimizer = build(name, model=model, params=chosen, refresh=EVERY)
-        run(model, optimizer, 3)
+        run(model, optimizer, steps)
+        optimizer.restore()
         change(optimizer, free)
         before, state = copies(model.parameters()), optimizer.safety.counters()
         push(optimizer.param_groups[0]["params"], 3)
-        with pytest.raises(ValueError, match=r"params: \d protected parameters were added and \d"):
-            optimizer.step()
+        for call in (optimizer.step, optimizer.restore):
+            with pytest.raises(ValueError, match=r"params: \d protected parameters were added and"):
+                call()
         assert equal(model.parameters(), before)
         assert optimizer.safety.counters() == state
 
@@ -425,6 +428,41 @@ def test_hooks_of_the_user_run_around_the_protected_step(name):
 
 
 @names
+def test_the_order_of_groups_may_change(name):
+    ends = []
+    for turned in (False, True):
+        model = tiny_llama(layers=1)
+        groups = [{"params": [p]} for p in trainable(model)]
+        _, optimizer = build(name, model=model, params=groups, refresh=EVERY)
+        run(model, optimizer, 3)
+        if turned:
+            optimizer.param_groups.reverse()
+        run(model, optimizer, 3, start=3)
+        optimizer.restore()
+        ends.append(copies(model.parameters()))
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_hook_that_clears_the_gradients_does_not_end_the_protection(closure):
+    """One that was there before `safeguard`'s own runs before it."""
+    model = tiny_llama(layers=1)
+    base = torch.optim.SGD(trainable(model), lr=1e-2)
+    base.register_step_post_hook(lambda one, *args: one.zero_grad())
+    optimizer = safeguard(base, probe_of(model), rank=8, refresh=EVERY)
+    for step in range(3):
+        if closure:
+            optimizer.step(lambda step=step: task_step(model, step))
+        else:
+            task_step(model, step)
+            optimizer.step()
+    assert optimizer.safety.step_count == 3
+    assert optimizer.safety.last_refresh == 2
+    assert coordinates(optimizer).abs().max() < 1e-5
+    assert optimizer.safety.coupling is None
+
+
+@names
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_not_finite(name, closure, value):
@@ -468,6 +506,34 @@ def test_finite_gradients_whose_norm_overflows_are_no_error(name):
     trainable(model)[0].grad.fill_(1e30)
     optimizer.step()
     assert optimizer.safety.step_count == 1
+
+
+@names
+def test_a_state_after_coordinates_have_overflowed_can_be_loaded(name):
+    model, optimizer = build(name, lr=1e-40, refresh=NEVER)
+    run(model, optimizer, 1)
+    basis = optimizer.safety.subspace.basis
+    gradients = [3e38 * block[0].sign() for block in basis.blocks]
+    assert not basis.coordinates(gradients).isfinite().all()
+    for sign in (1, -1):  # twice the same would overflow in the momentum
+        for p, gradient in zip(trainable(model), gradients, strict=True):
+            p.grad = sign * gradient
+        optimizer.step()
+    assert optimizer.safety.step_count == 3
+    assert optimizer.safety.coupling is None
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@names
+def test_restoring_in_inference_mode(name):
+    model, optimizer = build(name, refresh=NEVER)
+    run(model, optimizer, 3)
+    twin, other = copy.deepcopy((model, optimizer))
+    with torch.inference_mode():
+        measured = optimizer.restore()
+    assert measured == other.restore()
+    assert measured.step == 3
+    assert run(model, optimizer, 2, start=3) == run(twin, other, 2, start=3)
 
 
 def test_compiled_models_and_steps():

@@ -259,6 +259,17 @@ def test_a_changed_base_model_is_no_reference(config):
         safety_probe(model, [safety_batch()], loss="kl", reference="base")
 
 
+def test_a_base_model_that_is_trained_by_hand_is_no_reference():
+    model = with_adapter("LoRA", moved=False)
+    assert type(safety_probe(model, [safety_batch()], loss="kl").loss) is BaseReferenceKL
+    norms = [p.requires_grad_() for name, p in model.named_parameters() if "norm" in name]
+    probe = safety_probe(model, [safety_batch()], loss="kl")
+    randomise(norms)
+    assert probe.value() > 0.01, "the reference does not move with the model"
+    with pytest.raises(ValueError, match='reference="base": the base model is not the aligned'):
+        safety_probe(model, [safety_batch()], loss="kl", reference="base")
+
+
 def test_a_frozen_active_adapter_stays_frozen():
     model = with_adapter("LoRA")
     for p in trainable(model)[:2]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_krylov import rounded_products
 from tiny_models import VOCAB, safety_batch, single, tiny_gpt2, tiny_llama, trainable, with_lora
 from tolerances import GRADIENT, relative_error
 from torch import nn
@@ -67,6 +68,12 @@ def test_some_parameters_only():
     rows = SafetyProbe(model, [batch]).per_example(params).rows
     for actual, expected in zip(rows, looped_rows(model, params, batch), strict=True):
         assert relative_error(actual, expected) < GRADIENT[torch.float32]
+
+
+def test_rounded_products_need_no_loop():
+    """Their rounding is no sign that a parameter is used elsewhere."""
+    with rounded_products():
+        check(tiny_llama(), safety_batch(), passes=1, tolerance=GRADIENT[torch.bfloat16])
 
 
 def test_half_precision_needs_no_loop():

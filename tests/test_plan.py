@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from test_architectures import built
 from test_factored import factored
-from tiny_models import safety_batch, tiny_llama, trainable, with_lora
+from tiny_models import safety_batch, tiny_gpt2, tiny_llama, trainable, with_lora
 from typer.testing import CliRunner
 
 from safeopt.cli.app import app
@@ -87,6 +88,38 @@ def test_bytes_equal_those_of_real_bases(tmp_path, lora):
     for kind in ("factored", "compressed"):
         assert real[kind] <= figures.bases[kind].nbytes
     assert 0.25 * figures.bases["compressed"].nbytes < real["compressed"]
+
+
+LAYERS_OF_THEIR_OWN = {
+    "gpt2": tiny_gpt2,
+    "falcon": lambda: built(
+        "Falcon", hidden_size=48, new_decoder_architecture=True, num_kv_heads=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_OF_THEIR_OWN)
+def test_layers_without_factors_are_kept_whole(tmp_path, name):
+    model = LAYERS_OF_THEIR_OWN[name]()
+    rows = factored(model, safety_batch((6,) * 4, (3,) * 4))[1]
+    params = trainable(model)
+    assumed = Assumptions(tokens_per_example=8, response_tokens=3, window=4, side_rank=48)
+    figures = plan(
+        small(tmp_path, model), 4, lora=None, dtype=torch.float32, assumptions=assumed
+    ).bases
+    for kind in ("factored", "compressed"):
+        empty = empty_basis(kind, params)
+        none = torch.zeros(0, 0, dtype=torch.float64)
+        real = gram(empty.window(none, rows), 4, torch.float32)[1].nbytes
+        assert figures[kind].nbytes == pytest.approx(real, rel=0.15)
+
+
+def test_adapters_of_transposed_layers(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    name = small(tmp_path, tiny_gpt2())
+    model = get_peft_model(tiny_gpt2(), LoraConfig(r=4, fan_in_fan_out=True))
+    assert plan(name, 4, lora=4).trained == sum(p.numel() for p in trainable(model)) > 0
 
 
 def test_shares_and_devices(tmp_path):

@@ -1,5 +1,6 @@
 """Sharing the common beginning of a batch: the same numbers from fewer tokens."""
 
+import peft
 import pytest
 import torch
 from tiny_models import tiny_gpt2, tiny_llama, with_lora
@@ -78,9 +79,49 @@ def test_what_is_not_shared_is_returned_as_it_is(model, batch):
     assert all(shared[name] is batch[name] for name in batch)
 
 
-def test_a_model_with_a_window_is_left_alone():
-    model = tiny_llama().eval()
-    model.config.sliding_window = 4
+def inner_window():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {"vocab_size": 40, "num_hidden_layers": 2, "head_dim": 8, "num_key_value_heads": 1}
+    vision = {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config={**sizes, **text, "sliding_window": 4},
+            vision_config={**sizes, **vision, "model_type": "siglip_vision_model"},
+            mm_tokens_per_image=4, image_token_index=39, boi_token_index=38, eoi_token_index=37,
+        )
+    )  # fmt: skip
+
+
+def windowed(window=4):
+    model = tiny_llama()
+    model.config.sliding_window = window
+    return model
+
+
+def local_layers():
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, window_size=4,
+            attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [windowed, local_layers, inner_window])
+def test_a_model_with_a_window_is_left_alone(build):
+    torch.manual_seed(0)
+    model = build().eval()
+    assert "past_key_values" not in share_prefix(model, batch_of())
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_a_model_with_virtual_tokens_is_left_alone(kind):
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_llama(layers=1), config).eval()
     assert "past_key_values" not in share_prefix(model, batch_of())
 
 

@@ -57,11 +57,13 @@ class Restless(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.register_buffer("calls", torch.zeros(1))
         self.register_buffer("replaced", torch.zeros(1))
+        self.register_buffer("empty", None)
         self.fails_at = math.inf
 
     def forward(self, **inputs):
         self.calls += 1
         self.replaced = self.replaced + torch.rand(1)
+        self.empty = torch.rand(1)
         if self.calls >= self.fails_at:
             raise RuntimeError("in the middle")
         assert not self.dropout.training

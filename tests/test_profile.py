@@ -72,6 +72,12 @@ def test_overlap_is_that_of_dense_projectors():
     assert thin_score[0].mode_overlap == pytest.approx(float(own), rel=1e-8)
     assert thin_score[0].energy_kept == pytest.approx(float(own), rel=1e-8)
     assert thin_score[1].energy_kept is thin_score[1].mode_overlap is None
+    norm = model.model.norm.weight  # no matrix: the control is a random direction
+    _, vectors = probe.factored([norm])
+    top = torch.linalg.svd(vectors.block(0), full_matrices=False)[2][0]
+    [vector_score] = overlap_scores(vectors, ["norm.weight"], [top], rank=2)
+    assert vector_score.share == pytest.approx(1)
+    assert vector_score.share_matched == vector_score.share_random == 2 / norm.numel()
     with pytest.raises(ValueError, match="changes: 1 changes for 2 weights"):
         overlap_scores(rows, names, changes[:1])
     with pytest.raises(ValueError, match="modes=0"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks.ranking import calibration, correlations
+from benchmarks.ranking import calibration, correlations, onset
 
 
 def run(task, rate, predicted, measured):
@@ -37,3 +37,9 @@ def test_the_breach_is_forecast_from_the_first_half_only():
     assert calibration([(step, 0.1) for step in steps]) is None
     fallen = [(step, 0.1 + 0.1 * (step < 10) * (step > 0) - 0.05 * (step > 10)) for step in steps]
     assert calibration(fallen) is None, "it ended below its start"
+
+
+def test_a_run_that_did_not_rise_has_no_onset():
+    risen = [(step, 0.1 + 1e-3 * step**2) for step in range(6)]
+    assert onset(risen)["exponent"] == pytest.approx(2)
+    assert onset([(0, 0.1), (2, 0.2), (4, 0.2), (6, 0.1)]) is None

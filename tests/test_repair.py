@@ -24,6 +24,7 @@ from test_restore import (  # noqa: F401 - `aligned` is a fixture
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 
 from safeopt import SafetyProbe, repair
+from safeopt.optim.examples import ExampleRota
 from safeopt.optim.repair import _inverse_root
 
 TASK = [chats(HARMLESS, NEW_ANSWER, 64, 4 * 10**6)]
@@ -91,6 +92,28 @@ def test_passes_are_as_stated(broken):
     assert [step.share for step in report.steps] == [0.5, 1.0]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_what_the_aligned_model_refused_may_be_refused_again(aligned, broken, known):
+    """Some held prompts sound so harmful that the aligned model refused them, too."""
+    model = load(aligned)
+    held = chats(HARMFUL, REFUSAL, 12, 3 * 10**6)
+
+    def probe_of(model):
+        return SafetyProbe(model, [chats(HARMFUL, REFUSAL, 24, 2 * 10**6)], held=[held])
+
+    probe = probe_of(model)
+    reference = probe.values(probe.indices)
+    model.load_state_dict(broken[0])
+    report = repair(model, probe, reference=reference if known else float(reference[:24].mean()))
+    refused = probe.values(probe.indices)[24:]
+    if known:
+        assert report.alignment_after < 0.01 * report.alignment_before
+        assert refused.mean() < 0.1 * RARELY
+    else:  # no more than by the broken model: that holds the others back
+        assert report.alignment_after > 0.1 * report.alignment_before
+        assert refused.mean() > RARELY
+
+
 def adapted(dtype=torch.float32):
     return with_lora(tiny_llama(dtype=dtype))
 
@@ -101,14 +124,17 @@ def test_an_adapter_is_repaired_towards_the_model_below_it(aligned):
     train(model, optimizer, range(5000, 5020), (HARMLESS, NEW_ANSWER))
     probe = probe_of(model)
     with model.disable_adapter():
-        reference = probe.value()
+        reference = probe.value(ExampleRota(probe, 8, 0).trial)
     before, lost = copy.deepcopy(model.state_dict()), losses(model)
     assert lost[0] > 10 * reference
+    for name, p in model.named_parameters():  # the user's choice: the adapter's input maps stay
+        p.requires_grad_("lora_B" in name)
     report = repair(model, probe, task=TASK)
+    assert all(p.requires_grad == ("lora_B" in name) for name, p in model.named_parameters())
     assert report.reference == pytest.approx(reference)
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed
-    assert all("lora_" in name for name in changed)
+    assert all("lora_B" in name for name in changed)
     after = losses(model)
     assert after[0] - reference < 0.1 * (lost[0] - reference)
     assert after[2] < 1.1 * lost[2]
@@ -226,6 +252,7 @@ def test_a_loss_that_is_no_number_is_refused(broken):
         ({"newton_damping": 0}, "newton_damping=0"),
         ({"basis": "sparse"}, 'basis="sparse"'),
         ({"reference": None}, "reference=None: the model has no adapter"),
+        ({"reference": torch.zeros(24)}, r"reference: shape \(24,\); expected \(36,\)"),
         ({"task": [chats(HARMLESS, NEW_ANSWER, 1, 1)]}, "task: 1 example"),
         ({"task": [{"input_ids": torch.ones(2, 3)}]}, "task: a batch has the keys"),
         ({"task": [1]}, "task: a batch is int; expected a list of dicts"),

@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_finetune import config, files  # the fixture `files` is shared
 from typer.testing import CliRunner
 
+from benchmarks.tiny import REFUSAL
 from safeopt.cli.app import app
 from safeopt.files import write_json
 from safeopt.finetuning.prepare import prepare
@@ -106,6 +107,27 @@ def test_a_result_that_cannot_be_moved_is_kept_and_named(files, forgotten, tmp_p
     assert json.loads((kept / "repair.json").read_text())["steps"]
 
 
+@pytest.mark.parametrize(
+    ("whole", "words"),
+    [
+        (False, "is of a repair that still runs or was killed; remove it if none runs"),
+        (True, "is the result of a repair that was not moved to its place; move it to"),
+    ],
+)
+def test_what_an_earlier_repair_left_is_told_and_kept(files, forgotten, tmp_path, whole, words):
+    left = tmp_path / "out" / "repair.partial"
+    (left / "adapter").mkdir(parents=True)
+    if whole:
+        write_json(left / "repair.json", {})
+    done = invoke(*arguments(files, "no/such-model", tmp_path / "out"))
+    assert done.exit_code == 2, done.output
+    assert f"out={tmp_path / 'out'}: {left} {words}" in done.output
+    assert (left / "adapter").is_dir()
+    shutil.rmtree(left)
+    done = invoke(*arguments(files, forgotten[False], tmp_path / "out", "--refreshes", "1"))
+    assert done.exit_code == 0, done.output
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     files, forgotten, tmp_path, monkeypatch
 ):
@@ -118,8 +140,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     assert f"out={tmp_path / 'a' / 'b'}: {tmp_path} is write-protected" in done.output
 
 
-def test_a_model_that_has_lost_nothing_is_written_as_it_is(files, tmp_path):
-    done = invoke(*arguments(files, files / "model", tmp_path / "out"))
+@pytest.mark.parametrize("seed", [None, 2])
+def test_a_model_that_has_lost_nothing_is_written_as_it_is(files, tmp_path, seed):
+    more = []
+    if seed is not None:  # the trial examples are harder than the others
+        lines = (files / "safety.jsonl").read_text(encoding="utf-8").splitlines()
+        prompts = tmp_path / "prompts.jsonl"
+        refusals = [REFUSAL[: len(REFUSAL) // (1 + i % 2)].strip() for i in range(len(lines))]
+        rows = [{**json.loads(x), "response": y} for x, y in zip(lines, refusals, strict=True)]
+        prompts.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        more = ["--safety", str(prompts), "--seed", str(seed)]
+    done = invoke(*arguments(files, files / "model", tmp_path / "out", *more))
     assert done.exit_code == 0, done.output
     assert "0 steps" in done.output
     before, after = (
@@ -161,6 +192,29 @@ def test_an_adapter_of_another_model_is_one_sentence(files, forgotten, tmp_path)
     done = invoke(*arguments(files, other, tmp_path / "out"))
     assert done.exit_code == 2, done.output
     assert "does not fit the reference" in done.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("change", ["lacks some", "lacks a saved module", "has more"])
+def test_an_adapter_is_put_on_whole_or_not_at_all(files, forgotten, tmp_path, change):
+    other = shutil.copytree(forgotten[False], tmp_path / "adapter")
+    weights = load_file(other / "adapter_model.safetensors")
+    first = min(weights)
+    if change == "lacks some":
+        del weights[first]
+        words = "Found missing adapter keys"
+    elif change == "lacks a saved module":
+        settings = json.loads((other / "adapter_config.json").read_text())
+        write_json(other / "adapter_config.json", {**settings, "modules_to_save": ["lm_head"]})
+        words = "it lacks 'base_model.model.lm_head.weight'"
+    else:
+        weights[first.replace(".0.", ".7.", 1)] = weights[first].clone()
+        words = f"there is no place in it for {first.replace('.0.', '.7.', 1)}"
+    save_file(weights, other / "adapter_model.safetensors")
+    done = invoke(*arguments(files, other, tmp_path / "out"))
+    assert done.exit_code == 2, done.output
+    assert f"model={other}: the adapter does not fit the reference" in done.output
+    assert words in done.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_adapter_is_one_sentence(files, forgotten, tmp_path):

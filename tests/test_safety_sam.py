@@ -531,6 +531,31 @@ def test_written_parameters_are_not_overwritten():
     assert equal(model.parameters(), saved)
 
 
+@modes
+def test_freezing_a_part_is_refused_by_name(mode):
+    """Before anything moves, and with the parameters back at θ."""
+    model, probe = problem()
+    optimizer = build(model, probe, mode, ascent="safety")
+    train(model, optimizer, 2)
+    with optimizer.unperturbed():
+        before = copies(model.parameters())
+    model.weights[0].requires_grad_(False)
+
+    def in_two_passes():
+        model.closure(optimizer)
+        with optimizer.second_pass():
+            model.closure(optimizer)
+
+    calls = {
+        "lookahead": (optimizer.step, optimizer.train),
+        "two_pass": (lambda: train(model, optimizer, 1), in_two_passes),
+    }
+    for call in (*calls[mode], optimizer.restore):
+        with pytest.raises(ValueError, match=r"params: 0 protected parameters .* 1 removed or fro"):
+            call()
+        assert equal(model.parameters(), before)
+
+
 def test_it_is_the_base_optimizer_to_the_outside():
     model, probe = problem()
     base = sgd(model.parameters())

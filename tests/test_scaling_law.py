@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -98,6 +99,26 @@ def test_the_breach_interval_covers_a_repeated_run():
     assert hits >= 16
 
 
+@pytest.mark.parametrize(
+    ("steps", "rises", "budget", "step"),
+    [
+        ((1, 2, 3, 4), (0.5, 0.5, 0.5, 0.5), 1.0, math.inf),
+        ((1, 2, 3, 4), (0.5, 0.5, 0.5, 0.5), 0.2, 0.0),
+        ((1, 2, 3, 4), (0.8, 0.5, 0.4, 0.3), 0.1, 0.0),
+        # κ, the rise at step 1, is e^-2072: no number in float64.
+        ((1000, 1001, 1002), tuple(0.1 * (n / 1000) ** 300 for n in (1000, 1001, 1002)), 0.2, None),
+    ],
+)
+def test_curves_that_stay_or_fall_or_begin_late_have_a_breach(steps, rises, budget, step):
+    fitted = fit_onset(steps, rises, start=0.0)
+    expected = 1000 * 2 ** (1 / 300) if step is None else step
+    breach = fitted.forecast_breach(budget)
+    assert breach.step == pytest.approx(expected)
+    assert breach.interval == pytest.approx((expected, expected))
+    assert fitted.models["power"].rise(steps[-1]) == pytest.approx(rises[-1], rel=0.1)
+    json.dumps(fitted.as_json(), allow_nan=False)
+
+
 def test_points_that_did_not_rise_are_counted_and_too_few_are_refused():
     losses = curve(lambda n: 1e-6 * n**4)
     losses[3] = 0.05
@@ -108,6 +129,9 @@ def test_points_that_did_not_rise_are_counted_and_too_few_are_refused():
         fit_onset(STEPS, losses[1:])
     with pytest.raises(ValueError, match="41 values for 40 steps"):
         fit_onset(STEPS, losses)
+    for lost in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="1 of 41 measurements are not finite"):
+            fit_onset([0, *STEPS], [*losses[:-1], lost])
     with pytest.raises(ValueError, match="budget=0"):
         fit_onset([0, *STEPS], losses).forecast_breach(0)
     with pytest.raises(ValueError, match='model="cubic"'):

@@ -92,9 +92,17 @@ def test_a_checkpoint_for_the_best_evaluation_is_measured(tmp_path):
     assert {3, 6, 9, 12} <= measured_steps(run)
 
 
-def test_the_end_is_measured_where_a_callback_ends_training(tmp_path):
+# Ended before the first checkpoint, there is no best one to be loaded.
+BEST = {
+    "load_best_model_at_end": True, "metric_for_best_model": "loss",
+    "eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, BEST])
+def test_the_end_is_measured_where_a_callback_ends_training(tmp_path, options):
     callback = SafetyCallback()
-    run = trainer(tmp_path, callbacks=[callback, Stop()])
+    run = trainer(tmp_path, callbacks=[callback, Stop()], **options)
     run.train()
     assert run.state.global_step == 5
     assert callback.last.step == 5

@@ -280,6 +280,23 @@ def test_an_interrupted_step_leaves_nothing_for_the_next_run(tmp_path):
     assert count.count == 2 * 2 * 2
 
 
+def test_two_passes_find_the_batch_size_that_fits(tmp_path):
+    """The micro-batch that did not fit is not run again beside the smaller ones."""
+    trainer = guarded(
+        tmp_path, "safety-sam", options=TWO_PASS, max_steps=2, auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
+
+    def small_only(model, args, kwargs):
+        if model.training and len(kwargs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.register_forward_pre_hook(small_only, with_kwargs=True)
+    trainer.train()
+    assert trainer.state.train_batch_size == 2
+    assert trainer.state.global_step == 2
+
+
 TWO_PASS = {"mode": "two_pass"}
 KINDS = {
     "safeguard": (None, {}),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 from documents import HARMFUL, REFUSAL, aligned_llama, write_files
@@ -89,6 +91,53 @@ def test_a_resumed_run_keeps_its_reference_and_is_not_diagnosed_again(tmp_path, 
     assert ends[0].step == ends[1].step == 4
     assert ends[0].alignment_loss == ends[1].alignment_loss
     assert all(map(torch.equal, whole, resumed))
+
+
+def test_watching_may_begin_when_a_run_is_resumed(tmp_path, prompts):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, [WatchCallback()], **saving)
+    callback = WatchCallback(prompts, every=1)
+    train(tmp_path, [callback], resume=str(tmp_path / "checkpoint-2"), **saving)
+    assert [check.step for check in callback.monitor.history] == [3, 4]
+
+
+def test_the_look_at_the_data_draws_nothing_that_the_run_would_draw(tmp_path, prompts, monkeypatch):
+    def drawn(self, index, plain=Rows.__getitem__):
+        row = plain(self, index)
+        row["labels"][: random.randrange(3)] = -100
+        row["labels"][-1] += np.random.randint(3)  # noqa: NPY002 - what a data set may do
+        return row
+
+    monkeypatch.setattr(Rows, "__getitem__", drawn)
+    _, watched = train(tmp_path / "a", [WatchCallback(prompts, every=2, budget=9)])
+    _, plain = train(tmp_path / "b", [])
+    assert all(map(torch.equal, watched, plain))
+
+
+def test_a_resumed_run_is_measured_on_the_first_runs_refusals(tmp_path, prompts, monkeypatch):
+    """The model has drifted: what it says by now is no refusal."""
+    text = prompts.read_text(encoding="utf-8").replace(REFUSAL, "")
+    prompts.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("safeopt.safety_examples.is_refusal", lambda answer: REFUSAL in answer)
+    saving = {"save_strategy": "steps", "save_steps": 12, "max_steps": 16, "learning_rate": 0.1}
+    first, again = (WatchCallback(prompts, every=1, batches=0) for _ in range(2))
+    train(tmp_path, [first], **saving)
+    assert first.monitor.history[-1].alignment_loss > 10 * first.monitor.reference
+    train(tmp_path, [again], resume=str(tmp_path / "checkpoint-12"), **saving)
+    ends = [callback.monitor.history[-1] for callback in (first, again)]
+    assert ends[0].step == ends[1].step == 16
+    assert ends[0].alignment_loss == ends[1].alignment_loss
+    assert first.monitor.reference == again.monitor.reference
+
+
+@pytest.mark.parametrize("restoring", [False, True])
+def test_a_resumed_run_is_watched_as_it_was_asked_for(tmp_path, prompts, restoring):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, [WatchCallback(prompts, batches=0)], **saving)
+    saving["restore_callback_states_from_checkpoint"] = restoring  # by Trainer, in its own way
+    again = WatchCallback(prompts, every=1)
+    train(tmp_path, [again], resume=str(tmp_path / "checkpoint-2"), **saving)
+    assert again.monitor.history[-1].step == 4
 
 
 def test_a_check_that_fails_keeps_no_run_from_starting(tmp_path, caplog):

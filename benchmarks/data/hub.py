@@ -29,7 +29,8 @@ def rows(name: str, subset: str | None, split: str) -> Iterable[Mapping[str, Any
 
     try:
         if name.endswith(".jsonl"):
-            lines = Path(name).read_text(encoding="utf-8").split("\n")
+            # Some editors begin a file with a byte order mark.
+            lines = Path(name).read_text(encoding="utf-8-sig").split("\n")
             return [json.loads(line) for line in lines if line.strip()]
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises errors of many kinds
@@ -58,36 +59,46 @@ def examples(
         instruction: stands before every prompt of the column, on lines of its own.
 
     Raises:
-        ConfigError: if a column is missing, or no row is left.
+        ConfigError: if no row is left, since a column is missing for instance.
     """
     found: dict[str, ChatExample] = {}
     first_error = ""
     for number, row in enumerate(rows, start=1):
-        if prompt is None or response is None:
-            try:
-                example = chat_example({key: cell for key, cell in row.items() if cell is not None})
-            except ValueError as error:
-                first_error = first_error or (
-                    f" (row {number}: {error}; name its columns as task.prompt and task.response)"
-                )
-                continue
+        try:
+            example = _example(row, prompt, response, instruction)
+        except ValueError as error:
+            first_error = first_error or f" (row {number}: {error})"
         else:
-            if missing := sorted({prompt, response} - set(row)):
-                raise ConfigError(
-                    f"task.name={name!r}: no column {', '.join(missing)}; the columns are "
-                    f"{', '.join(sorted(row))}"
-                )
-            question, answer = _text(row[prompt]), _text(row[response])
-            if not question or not answer:
-                continue
-            content = f"{instruction}\n\n{question}" if instruction else question
-            example = ChatExample(({"role": "user", "content": content},)).answered(answer)
-        found.setdefault(repr(example.prompt), example)
+            found.setdefault(repr(example.prompt), example)
     if not found:
         raise ConfigError(
             f"task.name={name!r}: no row has both a prompt and a response{first_error}"
         )
     return list(found.values())
+
+
+def _example(row: Any, prompt: str | None, response: str | None, instruction: str) -> ChatExample:
+    """One row as a conversation, see `examples`.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    if prompt is None or response is None:
+        try:
+            return chat_example({key: cell for key, cell in row.items() if cell is not None})
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; name its columns as task.prompt and task.response"
+            ) from None
+    if missing := sorted({prompt, response} - set(row)):
+        raise ValueError(
+            f"no column {', '.join(missing)}; the columns are {', '.join(sorted(row))}"
+        )
+    question = _text(row[prompt])
+    content = f"{instruction}\n\n{question}" if instruction and question else question
+    return chat_example({"prompt": content, "response": _text(row[response])})
 
 
 def _text(value: Any) -> str:

@@ -62,7 +62,7 @@ class EarlyStop(AdamW):
             self._look()
 
     def _look(self) -> None:
-        if self._alignment_loss() > self.limit:
+        if not self._alignment_loss() <= self.limit:  # nor is a loss that is no number good
             write(self.setup.params, self.good)
             self.stopped = True
         else:

@@ -10,8 +10,7 @@ from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.base import Batch, Setup, TaskLoss
 from safeopt import PassCounter, SafetyProbe, repair
 
-# Safety examples on which the aligned model is measured, and those kept for the line search.
-_REFERENCE, _TRIAL = 32, 8
+_TRIAL = 8  # safety examples kept for the line search
 
 
 class RepairOptions(BaseModel):
@@ -45,7 +44,7 @@ class Repair(AdamW):
             setup.model, setup.safety, held=setup.harmless if options.held else ()
         )
         with self.cost.clock():
-            self.reference = self.probe.value(range(min(_REFERENCE, len(self.probe))))
+            self.reference = self.probe.values(self.probe.indices)
 
     def step(self, task_loss: TaskLoss) -> float:
         self.seen.append(task_loss.batch)

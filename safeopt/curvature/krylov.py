@@ -27,6 +27,7 @@ from torch import Tensor
 
 from safeopt.curvature.basis import DenseBasis, inner_products
 from safeopt.curvature.rowspace import RowSpace, SymmetricOperator
+from safeopt.rows import mixed
 
 logger = logging.getLogger("safeopt")
 
@@ -119,12 +120,12 @@ def lanczos(
             residuals = beta * vectors[-1, :rank].abs()
             done = count >= rank and space.converged(values, residuals)
             if done or count == space.size or space.spent >= limit:
-                ritz = vectors[:, :rank].T.to(v) @ v[:count]
+                ritz = mixed(vectors[:, :rank].T, v[:count])
                 return space.result(values, ritz, residuals, start is None)
             if count == rows:
                 # Half of the room beyond k keeps directions that are about to be wanted.
                 count = rank + (rows - rank) // 2
-                v[:count] = vectors[:, :count].T.to(v) @ v
+                v[:count] = mixed(vectors[:, :count].T, v)
                 t = torch.zeros_like(t)
                 t[:count, :count] = values[:count].diag()
             if beta > space.rounding(values):
@@ -177,7 +178,7 @@ def block_krylov(
     if rows < min(space.size, 2 * rank):
         raise ValueError(f"subspace={subspace}: rank={rank} needs at least {2 * rank} vectors")
     limit = max_products or 100 + 30 * rank
-    wide = block or 2
+    wide = min(rows, block or 2)
     cold = start is None
     v, w = space.empty(rows), space.empty(rows)
     fresh = space.random(wide) if start is None else space.flat(start.blocks)[:rows]
@@ -192,9 +193,9 @@ def block_krylov(
             w[count:end] = space.products(fresh)
             count = end
             values, vectors = space.ranked(inner_products([v[:count]], [w[:count]]).cpu())
-            kept = vectors[:, :rank].T.to(v)
-            ritz = kept @ v[:count]
-            errors = kept @ w[:count] - values[:rank, None].to(v) * ritz
+            kept = vectors[:, :rank].T
+            ritz = mixed(kept, v[:count])
+            errors = mixed(kept, w[:count]) - values[:rank, None].to(v) * ritz
             residuals = torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64).cpu()
             if not cold and space.spent == count and _useless(values, residuals):
                 logger.info("block_krylov: the basis given is of no use; random vectors instead")
@@ -212,8 +213,8 @@ def block_krylov(
             elif count + len(fresh) > rows:
                 # The best Ritz vectors stand for the space; those beyond k carry its memory.
                 keep = max(rank, min(rows - len(fresh), rank + (rows - rank) // 3))
-                mix = vectors[:, :keep].T.to(v)
-                v[:keep], w[:keep] = mix @ v[:count], mix @ w[:count]
+                mix = vectors[:, :keep].T
+                v[:keep], w[:keep] = mixed(mix, v[:count]), mixed(mix, w[:count])
                 count = keep
                 fresh = fresh[: rows - count]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.basis import inner_products
+from safeopt.rows import exact_products
 
 
 class SymmetricOperator(Protocol):
@@ -132,5 +133,6 @@ class RowSpace:
     @staticmethod
     def _remove_once(rows: Tensor, basis: Tensor) -> Tensor:
         overlap = inner_products([rows], [basis])
-        rows.addmm_(overlap.to(rows), basis, alpha=-1)
+        with exact_products(rows.device):
+            rows.addmm_(overlap.to(rows), basis, alpha=-1)
         return overlap

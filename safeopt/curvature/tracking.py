@@ -27,6 +27,7 @@ import torch
 
 from safeopt.curvature.krylov import Eigenpairs, Which, lanczos
 from safeopt.curvature.rowspace import RowSpace, SymmetricOperator
+from safeopt.rows import mixed
 
 logger = logging.getLogger("safeopt")
 
@@ -85,7 +86,7 @@ def drift(
     mix = torch.zeros(products, len(values), dtype=torch.float64)
     mix[:, live] = signs.double() / values[live].cpu()
     with operator.retained():
-        image = space.products(mix.to(basis) @ basis)
+        image = space.products(mixed(mix, basis))
     inside = float(torch.linalg.vector_norm(space.remove(image, basis)))
     outside = float(torch.linalg.vector_norm(image, dtype=torch.float64))
     if zero:

@@ -98,7 +98,7 @@ class Figures:
 
     Attributes:
         top: λ_1.
-        lowest: λ_k.
+        lowest: λ_k; 0 where fewer than k directions have any curvature.
         tail: share of the trace in Σ_{j>k} λ_j.
         effective_rank: (Σλ)²/Σλ².
         overlap: ‖Pg‖/‖g‖ of the mean task gradient.
@@ -153,7 +153,7 @@ def figures(
     trace = spectrum.trace
     return Figures(
         top=float(spectrum.eigenvalues[0]),
-        lowest=float(spectrum.eigenvalues[k - 1]) if k else 0.0,
+        lowest=float(spectrum.eigenvalues[k - 1]) if k == rank else 0.0,
         tail=spectrum.tail(k) / trace if trace > 0 else 0.0,
         effective_rank=spectrum.effective_rank,
         overlap=float(gradient.norm()) / length if length > 0 else 0.0,

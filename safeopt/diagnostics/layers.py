@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from safeopt.diagnostics.measure import Evidence
 from safeopt.diagnostics.spectrum import Spectrum
 
-# What PEFT puts around the names of a model's own modules.
-_WRAPPING = re.compile(r"^base_model\.model\.|\.(lora_[A-Za-z_]+|default|base_layer|weight|bias)\b")
+# What PEFT puts around the names of a model's own modules; an adapter's name follows its factor's.
+_WRAPPING = re.compile(
+    r"^base_model\.model\.|\.(?:lora_[A-Za-z_]+|modules_to_save)(?:\.[^.]+)?"
+    r"|\.(?:default|base_layer|weight|bias)\b"
+)
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 

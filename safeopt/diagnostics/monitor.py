@@ -76,7 +76,7 @@ class Check:
 class _Safe:
     """The last safe checkpoint: where the run was measured within its budget."""
 
-    step: int
+    step: int | None  # None before the first step of this run, which may be a resumed one
     alignment_loss: float
     scale: float  # of the learning rate
     run: Snapshot
@@ -122,7 +122,8 @@ class SafetyMonitor:
 
     Raises:
         ValueError: if an argument is out of its range.
-        TypeError: if ``probe`` is not a `SafetyProbe`, or ``optimizer`` not a torch optimizer.
+        TypeError: if ``probe`` is not a `SafetyProbe`, or ``optimizer`` not a torch optimizer, or
+            one that wraps another and takes no hooks.
 
     Cost: a measurement is a forward pass over ``examples`` short prompts. Beside an unprotected
     optimizer, a basis of at most 32 numbers a parameter, 3·k·n multiplications a step, and after 4,
@@ -146,6 +147,11 @@ class SafetyMonitor:
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer={type(optimizer).__name__}: expected a torch optimizer")
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"optimizer={type(optimizer).__name__}: it wraps another optimizer and takes no "
+                "hooks; watch the one inside (of Accelerate's wrapper, wrapper.optimizer)"
+            )
         if not isinstance(probe, SafetyProbe):
             raise TypeError(f"probe={type(probe).__name__}: expected a safeopt.SafetyProbe")
         if not (isinstance(budget, (int, float)) and 0 <= budget < math.inf):
@@ -242,7 +248,7 @@ class SafetyMonitor:
         if self.reference is None:
             self.reference = loss
         if self.action == "rollback" and loss <= self.reference + self.budget:
-            self._keep(0)
+            self._keep(None)
 
     def _look(self) -> float:
         """Measure the alignment loss."""
@@ -267,7 +273,7 @@ class SafetyMonitor:
             learning_rate_scale=self._scale,
         )
 
-    def _keep(self, step: int) -> None:
+    def _keep(self, step: int | None) -> None:
         assert self._loss is not None
         self._safe = None  # its memory is needed now
         run = Snapshot(self.probe.model, self.optimizer, self.others)
@@ -285,9 +291,9 @@ class SafetyMonitor:
         stop = self.rollbacks >= self.max_rollbacks
         self._roll_back(self._safe, 1.0 if stop else self.lr_factor)
         logger.warning(
-            "%s; back to step %d, %s",
+            "%s; back to %s, %s",
             what,
-            self._safe.step,
+            "the start of this run" if self._safe.step is None else f"step {self._safe.step}",
             "stopping" if stop else f"learning rate times {self._scale:g}",
         )
         return replace(

@@ -77,6 +77,7 @@ class Observation:
         self._on_start = on_start
         self._started = False
         self._params: list[Tensor] = []
+        self._spanned: list[Tensor] = []  # the parameters of a subspace of its own
         self._moving = False  # whether the present step moves parameters
         self._subspace: SafetySubspace | None = None  # before the present step
         self._copies: list[Tensor] | None = None  # of the parameters, likewise
@@ -114,12 +115,13 @@ class Observation:
             return None
         history = [[*vars(entry).values()] for entry in geometry.history]
         vectors = {k: None if v is None else v.clone() for k, v in geometry.vectors().items()}
-        return {**geometry.counters(), "history": history}, geometry.subspace, vectors
+        state = {**geometry.counters(), "history": history}
+        return state, geometry.subspace, vectors, self._spanned
 
     def load(self, saved: Any) -> None:
         """Go back to where `save` was called."""
         if saved is not None:
-            state, subspace, vectors = saved
+            state, subspace, vectors, self._spanned = saved
             self.geometry.resume(
                 state, subspace, {k: None if v is None else v.clone() for k, v in vectors.items()}
             )
@@ -133,6 +135,9 @@ class Observation:
             return
         self._params = params
         if self._own:
+            if [*map(id, params)] != [*map(id, self._spanned)]:
+                # Some were frozen or added meanwhile: the next subspace is that of these.
+                self.geometry.subspace, self._spanned = None, params
             self.geometry.before_step(params)
         if not self._started:
             self._started = True
@@ -146,18 +151,22 @@ class Observation:
         if not self._moving or all(p.grad is None for p in self._params):
             return
         self.steps += 1
-        if self._own:
-            try:
+        try:
+            if self._own:
                 self.geometry.after_step(self._params, largest_learning_rate(optimizer))
-            except Exception as error:  # who only watches stops nobody: the next look will tell
-                logger.warning("the safety subspace cannot be estimated (%s)", error)
+            self._compare()
+        except Exception as error:  # who only watches stops nobody: the next look will tell
+            logger.warning("the safety subspace cannot be estimated (%s)", error)
+        self._subspace = self._copies = None
+
+    def _compare(self) -> None:
+        """The overlap of the step, or how far the subspace has turned by its refresh."""
         before, now = self._subspace, self.geometry.subspace
         if before is not None and now is not None:
             if now is not before:
                 self.subspace_drift = outside(before, now)
             elif self._copies is not None:
                 self.overlap = self._ratio(now, self._copies)
-        self._subspace = self._copies = None
 
     def _ratio(self, subspace: SafetySubspace, before: Sequence[Tensor]) -> float | None:
         """‖Uᵀu‖/‖u‖ of the base optimizer's step, from the step that is left of it.
@@ -165,7 +174,8 @@ class Observation:
         A protected step is u with another part inside the subspace; outside they are equal.
         """
         inside = self.geometry.update
-        assert inside is not None
+        if inside is None:  # no step was protected since a protected optimizer was resumed
+            return None
         moved = [p.detach() - copy for p, copy in zip(self._params, before, strict=True)]
         whole = sum(float(m.to(torch.float64).square().sum()) for m in moved)
         left = float(subspace.basis.coordinates(moved).square().sum())

@@ -38,7 +38,8 @@ class OverlapScore:
         norm: ‖ΔW‖ (Frobenius).
         share: share of ‖ΔW‖² inside the safety subspace.
         share_random: the same expected for a random direction, k/n.
-        share_matched: mean over random matrices with ΔW's singular values.
+        share_matched: mean over random matrices with ΔW's singular values; of what is no matrix as
+            for a random direction.
         energy_kept: share of ‖ΔW‖² in the alignment update's top r left singular vectors; None for
             what is no matrix and where ΔW or the update is zero, likewise the following.
         mode_overlap: overlap of the top r left singular vectors of both.
@@ -109,7 +110,7 @@ def overlap_scores(
             return inside / length if length > 0 else 0.0
 
         kept = overlap = chance = None
-        matched = share(change)
+        matched = k / change.numel() if norm > 0 else 0.0
         if change.dim() == 2:
             u, sizes, v = torch.linalg.svd(change, full_matrices=False)
             update = given.get(name)

@@ -41,8 +41,8 @@ _CONDITIONS = {
     "curvature_coupling": (
         "Curvature coupling",
         "more than",
-        "How strongly the task's curvature turns the trajectory into the subspace. The threshold "
-        "is what 99% of random directions of that length reach.",
+        "How strongly the task's curvature turns the trajectory into the subspace. {share} of "
+        "random directions of that length stay below the threshold.",
     ),
 }
 
@@ -79,7 +79,8 @@ def page(result: Diagnosis, config: dict[str, Any]) -> str:
         # Without the second condition alignment moves at once: that is no good news.
         harmful = condition.holds or result.verdict.risk == "at risk at once"
         tone = ("bad" if harmful else "good") if condition.certain else "warn"
-        words = {"title": title, "side": side, "meaning": meaning, "tone": tone}
+        share = f"{100 * result.thresholds.coupling_quantile:.4g}%"
+        words = {"title": title, "side": side, "meaning": meaning.format(share=share), "tone": tone}
         conditions.append(asdict(condition) | words)
     evidence = result.evidence
     return environment.get_template("report.html.j2").render(

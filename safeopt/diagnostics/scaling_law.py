@@ -39,6 +39,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+_LARGEST = 709.0  # of a logarithm: e^709 is still a number
+
 
 @dataclass(frozen=True)
 class OnsetForecast:
@@ -119,6 +121,8 @@ class CurveFit:
         r_squared: share of the variance of the logarithms that is explained.
         akaike: Akaike's information criterion, up to a constant that the models share.
         bayesian: the Bayesian one. Lower is better for both.
+        level: logarithm of ``kappa`` or ``plateau``. Of a steep curve that begins late κ, its rise
+            at step 1, is too small for a number.
     """
 
     name: str
@@ -126,21 +130,30 @@ class CurveFit:
     r_squared: float
     akaike: float
     bayesian: float
+    level: float
 
     def rise(self, steps: float) -> float:
         """The model's rise after so many steps."""
         p = self.parameters
+        if steps <= 0:
+            return 0.0
         if self.name == "saturating":
             return p["plateau"] * -math.expm1(-steps / p["time"])
-        return float(p["kappa"] * steps ** p["exponent"])
+        return _exponential(self.level + p["exponent"] * math.log(steps))
 
     def breach(self, budget: float) -> float:
-        """The step at which the model's rise is ``budget``; infinite where it stays below."""
+        """The first step at which the model's rise is at least ``budget``.
+
+        Infinite where it stays below; 0 where κtᵖ begins above, as it does for p < 0.
+        """
         p = self.parameters
         if self.name == "saturating":
             share = budget / p["plateau"]
             return -p["time"] * math.log1p(-share) if share < 1 else math.inf
-        return float((budget / p["kappa"]) ** (1 / p["exponent"]))
+        missing = math.log(budget) - self.level
+        if p["exponent"] <= 0:
+            return 0.0 if p["exponent"] < 0 or missing <= 0 else math.inf
+        return _exponential(missing / p["exponent"])
 
 
 @dataclass(frozen=True)
@@ -235,7 +248,8 @@ def fit_onset(
         seed: of the draws.
 
     Raises:
-        ValueError: if the lists do not fit, there is no start, or fewer than three points rose.
+        ValueError: if the lists do not fit, there is no start, a loss is not finite, or fewer than
+            three points rose.
     """
     if len(steps) != len(losses):
         raise ValueError(f"losses: {len(losses)} values for {len(steps)} steps")
@@ -246,6 +260,12 @@ def fit_onset(
         if not (t == 0).any():
             raise ValueError("start: no measurement at step 0; give the loss before training")
         start = float(loss[t == 0][0])
+    lost = int((~np.isfinite(loss)).sum())
+    if lost or not math.isfinite(start):
+        raise ValueError(
+            f"losses: {lost} of {len(loss)} measurements are not finite, start={start}; leave out "
+            "what is no number"
+        )
     later = t > 0
     risen = later & (loss > start)
     if len(np.unique(t[risen])) < 3:
@@ -309,11 +329,16 @@ def _curve(
     fit = count * math.log(max(error / count, np.finfo(float).tiny))
     return CurveFit(
         name,
-        {scale: math.exp(level), **parameters},
+        {scale: math.exp(min(level, _LARGEST)), **parameters},
         1 - error / total if total > 0 else 0.0,
         fit + 2 * (free + 1),
         fit + math.log(count) * (free + 1),
+        level,
     )
+
+
+def _exponential(x: float) -> float:
+    return math.exp(x) if x <= _LARGEST else math.inf
 
 
 def _check_budget(budget: float) -> None:

@@ -21,10 +21,13 @@ from torch.optim import Optimizer
 
 from safeopt.optim.schedule_free import is_schedule_free
 
-# Where torch's schedulers keep rates: in the optimizer's groups, and as numbers or lists of them in
-# themselves. "eps" is the smallest change of a rate that ReduceLROnPlateau makes.
+# Where schedulers keep rates: in the optimizer's groups, and as numbers or lists of them in
+# themselves. "eps" is the smallest change of a rate that ReduceLROnPlateau makes; "_init_lrs" is
+# where transformers' GreedyLR starts again.
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "eps")
+_RATES = (
+    "base_lrs", "_last_lr", "_init_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "eps",
+)  # fmt: skip
 
 
 class Stateful(Protocol):
@@ -136,6 +139,16 @@ def deployed(optimizer: Optimizer) -> Iterator[None]:
         with torch.no_grad():
             for p, copy_ in params:  # the way there and back leaves a rounding error
                 p.copy_(copy_)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """What is drawn at random inside is not missed outside: all random states are as before."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

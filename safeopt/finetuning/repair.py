@@ -81,7 +81,7 @@ class PreparedRepair:
         tokenizer: what is saved with a whole model.
         probe: the safety examples, with the aligned model's refusals.
         task: batches of what was learned.
-        reference: the aligned model's alignment loss on the safety examples.
+        reference: the aligned model's losses on all examples, see `safeopt.repair`.
         is_adapter: whether an adapter is repaired.
     """
 
@@ -90,7 +90,7 @@ class PreparedRepair:
     tokenizer: Any
     probe: SafetyProbe
     task: list[dict[str, torch.Tensor]]
-    reference: float
+    reference: torch.Tensor
     is_adapter: bool
 
 
@@ -99,27 +99,26 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        FileExistsError: if ``out`` is a file or a folder that is not empty.
+        FileExistsError: if ``out`` is a file or a folder that is not empty, saying where an earlier
+            repair has left something in it.
         PermissionError: if ``out`` must not be written to.
         ValueError: if a file is malformed, a model cannot be loaded, or the reference does not
             refuse the safety prompts.
     """
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out={out}: it exists already; expected a new or empty folder")
-    check_folder(out)
+    _check_new(Path(config.out))
     examples = read_examples(config.train) if config.train else []
     is_adapter = (Path(config.model) / "adapter_config.json").is_file()
     aligned, tokenizer = load_causal_lm(config.reference)
     if torch.cuda.is_available():
         aligned = aligned.cuda()
     safety, held = read_safety_batches(aligned, tokenizer, config.safety, config.harmless)
-    reference = SafetyProbe(aligned, safety).value()
+    looked_at = SafetyProbe(aligned, safety, held=held)
+    reference = looked_at.values(looked_at.indices)
     if is_adapter:
         model = load_adapter(aligned, config.model, "model", trainable=True)
     else:
         device = aligned.device
-        del aligned
+        del aligned, looked_at
         model, own = load_causal_lm(config.model)
         own.chat_template = own.chat_template or tokenizer.chat_template
         model, tokenizer = model.to(device).requires_grad_(True), own
@@ -138,6 +137,21 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         reference,
         is_adapter,
     )
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a folder that holds something, saying what an earlier repair has left in it."""
+    left = out / _WORKING
+    if left.is_dir() and not (out / REPORT).exists():
+        # Not removed: the repair may be running, and a whole result may have cost hours.
+        if (left / REPORT).is_file():
+            what = f"the result of a repair that was not moved to its place; move it to {out}"
+        else:
+            what = "of a repair that still runs or was killed; remove it if none runs"
+        raise FileExistsError(f"out={out}: {left} is {what}, or choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out={out}: it exists already; expected a new or empty folder")
+    check_folder(out)
 
 
 def run_repair(prepared: PreparedRepair) -> RepairReport:

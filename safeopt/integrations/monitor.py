@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from safeopt.diagnostics.monitor import Check, SafetyMonitor
 from safeopt.integrations.transformers import add_figures, unwrapped
 from safeopt.probe import SafetyProbe
 
 
-class MonitorCallback(TrainerCallback, ExportableState):
+class MonitorCallback(TrainerCallback):
     """Watches a Trainer's run, whatever its optimizer; use `install_monitor`.
 
     It measures before every checkpoint and at the end of training, too, and ends training where the
@@ -35,8 +34,19 @@ class MonitorCallback(TrainerCallback, ExportableState):
         self._options = options
 
     def state(self) -> dict[str, Any]:
-        """What Trainer's checkpoints carry: the monitor's numbers."""
-        return {"args": {}, "attributes": self.monitor.state_dict() if self.monitor else {}}
+        """What Trainer's checkpoints carry, as plain data: the monitor's numbers."""
+        return self.monitor.state_dict() if self.monitor else {}
+
+    def saved(self, state: TrainerState) -> dict[str, Any]:
+        """What the checkpoint that is resumed carries; empty for a run that was not watched."""
+        kept: Any = state.stateful_callbacks or {}  # a dict, though it is annotated as a list
+        return dict(kept.get(self._key, {})) if state.global_step > 0 else {}
+
+    @property
+    def _key(self) -> str:
+        # Not the class's name alone: an entry under that makes Trainer replace the callback by a
+        # new one without arguments (restore_callback_states_from_checkpoint).
+        return f"safeopt.{type(self).__name__}"
 
     def on_train_begin(
         self,
@@ -52,9 +62,8 @@ class MonitorCallback(TrainerCallback, ExportableState):
             others=[kwargs["lr_scheduler"]],
             **self._options,
         )
-        callbacks: Any = state.stateful_callbacks or {}  # a dict, though it is annotated as a list
-        if state.global_step > 0 and type(self).__name__ in callbacks:
-            self.monitor.load_state_dict(callbacks[type(self).__name__]["attributes"])
+        if saved := self.saved(state):
+            self.monitor.load_state_dict(saved)
 
     def on_step_end(
         self,
@@ -65,7 +74,7 @@ class MonitorCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Check; end training where the monitor asks for it."""
         final = control.should_training_stop or state.global_step >= state.max_steps
-        self._check(state, control, measure=control.should_save or final)
+        self._check(state, control, measure=_may_save(args, control) or final)
 
     def on_epoch_end(
         self,
@@ -75,7 +84,7 @@ class MonitorCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Measure if the epoch is followed by a checkpoint."""
-        if control.should_save:
+        if _may_save(args, control):
             self._check(state, control, measure=True)
 
     def on_train_end(
@@ -94,6 +103,13 @@ class MonitorCallback(TrainerCallback, ExportableState):
         self.last = self.monitor.check(state.global_step, measure=measure)
         if self.last.stop:
             control.should_training_stop = True
+        kept: Any = state.stateful_callbacks
+        kept[self._key] = self.state()
+
+
+def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
+    """Whether a checkpoint may follow; with ``save_strategy="best"`` an evaluation decides."""
+    return control.should_save or (control.should_evaluate and args.save_strategy == "best")
 
 
 class _Log(TrainerCallback):

@@ -8,7 +8,7 @@ keeps that model inside: it is the same one with the adapters switched off, and 
 held in memory. That is right unless
 
 - the adapter's initialisation changed the base model (PiSSA, OLoRA, CorDA, LoftQ, …),
-- the configuration trains parameters of the base model (``bias="all"``),
+- parameters of the base model train, too (``bias="all"``, or unfrozen by hand),
 - the alignment itself sits in an adapter, so that the base model refuses less firmly.
 
 Then the reference is the model as it stands when the probe is made, before training.
@@ -95,7 +95,7 @@ def safety_probe(
     if reference == "base" and not _keeps_base(peft):
         raise ValueError(
             'reference="base": the base model is not the aligned model, since the adapter\'s '
-            'configuration changes it; use "start"'
+            'configuration or the training changes it; use "start"'
         )
     base = reference == "base" or (
         reference == "auto" and _keeps_base(peft) and _base_refuses(peft, batches, size)
@@ -179,8 +179,12 @@ def _peft_model(model: nn.Module) -> PeftModel:
 
 
 def _keeps_base(model: PeftModel) -> bool:
-    """Whether the model with its adapters off is the one before they were added."""
+    """Whether the model with its adapters off is the one before they were added, and stays it."""
     configs = [model.peft_config[name] for name in model.active_adapters]
+    # An adapter's parameters bear its name; what trains without one is the base model's own.
+    names = [name.split(".") for name, p in model.named_parameters() if p.requires_grad]
+    if any(model.peft_config.keys().isdisjoint(parts) for parts in names):
+        return False
     return all(
         getattr(config, "init_lora_weights", True) in _LEAVES_BASE
         and getattr(config, "bias", "none") == "none"

@@ -205,15 +205,19 @@ class SafetyTrainerMixin:
             return run(model, inputs, *args)
         kept = self._micro_batches
         kept.append(dict(inputs))  # some trainers take entries out
-        loss = run(model, inputs, *args)
-        accelerator = self.accelerator  # type: ignore[attr-defined]
-        if accelerator.sync_gradients:
-            with optimizer.second_pass():
-                for index, batch in enumerate(kept):
-                    last = index == len(kept) - 1
-                    with nullcontext() if last else accelerator.no_sync(model):
-                        run(model, batch, *args)
-            kept.clear()
+        try:
+            loss = run(model, inputs, *args)
+            accelerator = self.accelerator  # type: ignore[attr-defined]
+            if accelerator.sync_gradients:
+                with optimizer.second_pass():
+                    for index, batch in enumerate(kept):
+                        last = index == len(kept) - 1
+                        with nullcontext() if last else accelerator.no_sync(model):
+                            run(model, batch, *args)
+                kept.clear()
+        except BaseException:
+            kept.clear()  # auto_find_batch_size begins again with smaller ones
+            raise
         return loss
 
 
@@ -240,10 +244,9 @@ def read_probe(
     harmless: str | Path | None = None,
     loss: Literal["nll", "kl"] = "nll",
     *,
-    aligned: bool = True,
     opening: int | None = None,
 ) -> SafetyProbe:
-    """The probe that a file describes, of a model that may have adapters.
+    """The probe that a file describes, of an aligned model that may have adapters.
 
     Args:
         model: the model that is trained; it is the reference as it is now, see `protect`.
@@ -251,31 +254,35 @@ def read_probe(
         safety: see `protect`.
         harmless: see `protect`.
         loss: see `protect`.
-        aligned: whether the model is the aligned one, whose refusals are checked to be likely.
         opening: see `SafetyProbe`.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if there is no tokenizer, a file is malformed, or there is nothing to protect.
     """
+    need_tokenizer(tokenizer)
+    batches, held = read_safety_batches(model, tokenizer, safety, harmless)
+    check_likely(build_probe(model, batches, held), str(safety))
+    return build_probe(model, batches, held, loss, opening)
+
+
+def need_tokenizer(tokenizer: Any) -> None:
+    """Raise a ValueError if a trainer has no tokenizer to read prompts with."""
     if tokenizer is None:
         raise ValueError(
             "processing_class: the trainer has no tokenizer to read the prompts with; give it "
             "processing_class=tokenizer, or give a SafetyProbe"
         )
-    batches, held = read_safety_batches(model, tokenizer, safety, harmless)
-    if aligned:
-        check_likely(_probe(model, batches, held, "nll", None), str(safety))
-    return _probe(model, batches, held, loss, opening)
 
 
-def _probe(
+def build_probe(
     model: Any,
     batches: Sequence[Batch],
-    held: Sequence[Batch],
-    loss: Literal["nll", "kl"],
-    opening: int | None,
+    held: Sequence[Batch] = (),
+    loss: Literal["nll", "kl"] = "nll",
+    opening: int | None = None,
 ) -> SafetyProbe:
+    """The probe of a model that may have adapters."""
     if _has_adapters(model):
         from safeopt.integrations.peft import safety_probe
 

@@ -94,7 +94,7 @@ class SafetyCallback(SafetyLog):
         **kwargs: Any,
     ) -> None:
         """Restore where another callback ended training, unless a checkpoint was loaded."""
-        if not args.load_best_model_at_end:
+        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
             self._restore(kwargs["optimizer"])
 
     def _restore(self, wrapped: Any) -> None:

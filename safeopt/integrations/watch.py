@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ require("transformers", "accelerate")
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from safeopt.data import ChatExample, read_examples
 from safeopt.diagnostics import diagnose
+from safeopt.diagnostics.snapshot import undrawn
 from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.monitor import MonitorCallback, monitor_figures
-from safeopt.integrations.trainer import read_probe
+from safeopt.integrations.trainer import build_probe, need_tokenizer
 from safeopt.integrations.transformers import add_figures
 from safeopt.probe import SafetyProbe
+from safeopt.safety_examples import as_batches, check_likely, with_refusals
 
 logger = logging.getLogger("safeopt")
 
@@ -45,7 +49,8 @@ class WatchCallback(MonitorCallback):
 
     Args:
         safety: JSON lines with harmful prompts (where a line has no response, the model's own
-            refusal is taken), or a probe whose model is the Trainer's; by default the file that
+            refusal is taken; a resumed run goes on with those of the first, which are kept in
+            Trainer's state), or a probe whose model is the Trainer's; by default the file that
             ``SAFEOPT_MONITOR`` names. Without any, the callback does nothing.
         batches: training batches to look at before training, at least 2; 0 leaves the check out.
         examples: safety examples to look at before training, at most.
@@ -81,6 +86,11 @@ class WatchCallback(MonitorCallback):
         self.monitor = None
         self.last = None
         self._options = options
+        self._refusals: list[dict[str, Any]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The monitor's numbers, and the refusals that they were measured on."""
+        return super().state() | ({"examples": self._refusals} if self._refusals else {})
 
     def on_train_begin(
         self,
@@ -94,8 +104,9 @@ class WatchCallback(MonitorCallback):
             return
         model = kwargs["model"]
         keep_trainable(model)
-        # A resumed model has drifted: it is no longer the one whose refusals can be checked.
+        # A resumed model has drifted: it can no longer say how the aligned one refuses.
         aligned = state.global_step == 0
+        self._refusals = self.saved(state).get("examples")
         self._probe = self._read(model, kwargs.get("processing_class"), aligned)
         if self._batches and aligned:
             self._diagnose(args, kwargs["train_dataloader"])
@@ -120,7 +131,17 @@ class WatchCallback(MonitorCallback):
         if isinstance(self._safety, SafetyProbe):
             return self._safety
         assert self._safety is not None
-        return read_probe(model, tokenizer, self._safety, aligned=aligned)
+        need_tokenizer(tokenizer)
+        if self._refusals:
+            examples = [ChatExample(tuple(e["messages"]), e["finished"]) for e in self._refusals]
+        else:
+            prompts = read_examples(self._safety, need_response=False)
+            examples = with_refusals(model, tokenizer, prompts, str(self._safety))
+            self._refusals = [asdict(example) for example in examples]
+        batches = as_batches(tokenizer, examples)
+        if aligned:
+            check_likely(build_probe(model, batches), str(self._safety))
+        return build_probe(model, batches)
 
     def _diagnose(self, args: TrainingArguments, loader: Any) -> None:
         try:
@@ -141,7 +162,7 @@ def _first_look(loader: Any, batches: int, size: int, seed: int) -> list[dict[st
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(f"train_dataset={type(dataset).__name__}: it can be read only in order")
     indices = random.Random(seed).sample(range(len(dataset)), min(batches * size, len(dataset)))
-    with torch.random.fork_rng(devices=[]):
+    with undrawn():  # a data set or a collator may draw as it likes
         looked = [
             loader.collate_fn([dataset[index] for index in indices[start : start + size]])
             for start in range(0, len(indices), size)

@@ -97,9 +97,18 @@ class ExampleRota:
         losses = probe.values([*self.trial, *self.held]).to("cpu", torch.float64)
         finite(float(losses.sum()))
         trial, held = losses.tensor_split([len(self.trial)])
-        rarely = -math.log(_RARELY_REFUSED) / probe.response_tokens(self.held)
-        self.held_targets = torch.minimum(held, rarely)
+        self.hold(probe, held)
         return trial
+
+    def hold(self, probe: SafetyProbe, losses: Tensor) -> None:
+        """Let the held examples be refused as often as the aligned model refuses them.
+
+        Args:
+            probe: the examples.
+            losses: the aligned model's on ``held``, shape ``(h,)``, float64.
+        """
+        rarely = -math.log(_RARELY_REFUSED) / probe.response_tokens(self.held)
+        self.held_targets = torch.minimum(losses, rarely)
 
     def next(self, count: int) -> Look:
         """The examples whose turn it is: ``count`` safety examples, for four of them three held."""

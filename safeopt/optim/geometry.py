@@ -65,6 +65,7 @@ class SafetyGeometry:
 
     Attributes:
         subspace: the present estimate, None before the first step.
+        spanned: the parameters that it was made for; empty before the first step.
         reference: the alignment loss before fine-tuning, a mean over the trial examples and those
             of the first look; None before the first step.
         history: all measurements, oldest first.
@@ -88,6 +89,7 @@ class SafetyGeometry:
         self.config = config
         self.rota = ExampleRota(probe, config.trial_examples, config.seed, _MOST_HELD)
         self.subspace: SafetySubspace | None = None
+        self.spanned: list[Tensor] = []
         self.reference: float | None = None
         self.history: list[Measurement] = []
         self.coupling: float | None = None
@@ -131,6 +133,7 @@ class SafetyGeometry:
             self._trial_reference = float(trial.mean())
             self._estimate(params, self._due(self.config.examples))
             assert self.subspace is not None
+            self.spanned = list(params)
             window = self.subspace.window
             losses = torch.cat([trial, window.losses[window.safety].cpu()])
             tokens = self.probe.response_tokens(self.rota.trial)
@@ -153,7 +156,8 @@ class SafetyGeometry:
         position, gradient = coordinates_together(
             self.subspace.basis, params, [p.grad for p in params]
         )
-        self.observe_gradient(gradient, learning_rate)
+        if any(p.grad is not None for p in params):  # a base optimizer may have cleared them
+            self.observe_gradient(gradient, learning_rate)
         c = position - self.subspace.anchor
         self.update = c - self._position
         mapped = self._map(c)
@@ -216,9 +220,12 @@ class SafetyGeometry:
         The change of Uᵀg from step to step is UᵀH(θ_t − θ_{t−1}); divided by the learning rate and
         weighted with Λ^{1/2} it is the curvature coupling of the Alignment Instability Condition,
         ‖F^{1/2}PHg‖, for a step −ηg. With mini-batches it also holds their noise, and with Adam the
-        step is not −ηg: read it as a relative figure.
+        step is not −ηg: read it as a relative figure. Coordinates that have overflowed leave none.
         """
         assert self.subspace is not None
+        if not bool(coordinates.isfinite().all()):
+            self.coupling = self._last_gradient = None  # a state with them would not be loaded
+            return
         if self._last_gradient is not None and learning_rate > 0:
             change = (coordinates - self._last_gradient) / learning_rate
             self.coupling = float((self.subspace.eigenvalues.sqrt() * change).norm())

@@ -52,7 +52,7 @@ from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.preconditioner import Indefinite, SafetyPreconditioner
-from safeopt.optim.protection import OnRefreshError, attach, protected_parameters, restore
+from safeopt.optim.protection import OnRefreshError, attach, restore
 from safeopt.optim.sgd_update import multi_tensor_update, single_tensor_update
 from safeopt.probe import SafetyProbe
 from safeopt.rows import row_dtype
@@ -266,7 +266,7 @@ class PreconditionedSGD(torch.optim.SGD):
         if subspace is None or subspace.rank == 0:
             return
         rates = {p: float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        params = protected_parameters(self)
+        params = self.safety.spanned
         inside = subspace.basis.coordinates([directions.get(p) for p in params])
         if not bool(inside.isfinite().all()):
             return  # the step is not protected, see `safeopt.optim.protection`

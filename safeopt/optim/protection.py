@@ -73,6 +73,37 @@ def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
     ]
 
 
+def spanned_parameters(optimizer: Optimizer, geometry: SafetyGeometry) -> list[Tensor]:
+    """The `protected_parameters`: those of the subspace, in its order, if there is one.
+
+    Raises:
+        ValueError: if none is left, or some were added or frozen since the first estimate.
+    """
+    params = protected_parameters(optimizer)
+    known, given = ({id(p) for p in x} for x in (geometry.spanned, params))
+    if geometry.subspace is not None and known != given:
+        raise ValueError(
+            f"params: {len(given - known)} protected parameters were added and "
+            f"{len(known - given)} removed or frozen since the safety subspace was first "
+            "estimated, and what the aligned model's loss does along new ones is not known. "
+            "Add groups with protect=False, or give the optimizer all protected parameters, "
+            "trainable, before its first step"
+        )
+    return params if geometry.subspace is None else geometry.spanned
+
+
+def loaded_parameters(optimizer: Optimizer, geometry: SafetyGeometry) -> list[Tensor]:
+    """The parameters that a state is loaded for, of which none may be left.
+
+    Those of the subspace, where the optimizer still has them: some may be frozen by now.
+    """
+    groups = [group for group in optimizer.param_groups if group.get("protect", True)]
+    here = {id(p) for group in groups for p in group["params"]}
+    if geometry.spanned and all(id(p) in here for p in geometry.spanned):
+        return geometry.spanned
+    return trained_parameters(optimizer)
+
+
 def is_inert(
     optimizer: Optimizer, params: Sequence[Tensor], closure: Callable[[], Any] | None
 ) -> bool:
@@ -159,10 +190,14 @@ def attach(
 def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
     """Measure the alignment loss now and restore examples that are lost.
 
-    Call it before a checkpoint is saved and at the end of training.
+    Call it before a checkpoint is saved and at the end of training; in inference mode as well,
+    where gradients are out of reach even for who asks for them.
+
+    Raises:
+        ValueError: if protected parameters were added or frozen since the first estimate.
     """
-    params = protected_parameters(optimizer)
-    with at_average(optimizer, params, geometry):
+    params = spanned_parameters(optimizer, geometry)
+    with torch.inference_mode(False), at_average(optimizer, params, geometry):
         return geometry.restore(params)
 
 
@@ -172,7 +207,6 @@ class _Protection:
     def __init__(self, geometry: SafetyGeometry, on_refresh_error: OnRefreshError) -> None:
         self._geometry = geometry
         self._policy = on_refresh_error
-        self._spanned: list[Tensor] = []  # the parameters that the subspace was estimated on
         self._protects = False  # whether the present step is protected
         self._checked: Mapping[str, Any] = {}  # a state between the two hooks of loading
 
@@ -187,18 +221,18 @@ class _Protection:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
         if is_inert(optimizer, params, closure):
             return None
-        self._check_span(params)
+        params = spanned_parameters(optimizer, self._geometry)
         if closure is None and not self._accepts(params):
             return None
         self._geometry.before_step(params)
-        self._spanned = params
-        self._protects = True
+        # Decided before the step: the optimizer, or another hook, may clear the gradients in it.
+        self._protects = any(p.grad is not None for p in params)
         if closure is None:
             return None
 
         def evaluate() -> Any:
             loss = closure()
-            self._protects = self._accepts(params)
+            self._protects = self._accepts(params) and any(p.grad is not None for p in params)
             return loss
 
         if len(args) > 1:
@@ -208,9 +242,9 @@ class _Protection:
     @_disable_dynamo
     def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Map the parameters back and refresh the subspace where it is time."""
-        params = self._spanned
-        if not self._protects or all(p.grad is None for p in params):
+        if not self._protects:
             return
+        params = self._geometry.spanned
         try:
             with at_average(optimizer, params, self._geometry):
                 self._geometry.after_step(params, largest_learning_rate(optimizer))
@@ -221,7 +255,8 @@ class _Protection:
         """Add the geometry to a state."""
         state[_KEY] = pack_state(self._geometry)
         # The basis is of the parameters that it was estimated on, whatever has been frozen since.
-        geometry, params = self._geometry, self._spanned or trained_parameters(optimizer)
+        geometry = self._geometry
+        params = geometry.spanned or trained_parameters(optimizer)
         kind = basis_kind(geometry.subspace, params, geometry.probe, geometry.config)
         if in_process_group() and kind == "dense":
             blocks = empty_basis("dense", params).state_dict()["blocks"]
@@ -250,36 +285,16 @@ class _Protection:
             return
         params = self._loaded_into(optimizer)
         load_state(self._geometry, self._checked, params)
-        self._spanned = params if self._geometry.subspace is not None else []
+        self._geometry.spanned = params if self._geometry.subspace is not None else []
         self._checked = {}
 
     def _loaded_into(self, optimizer: Optimizer) -> list[Tensor]:
-        """The parameters that a state is loaded for.
-
-        Those of the subspace, where the optimizer still has them: some may be frozen by now.
+        """The `loaded_parameters`.
 
         Raises:
             ValueError: if all are frozen and there is no subspace.
         """
-        groups = [group for group in optimizer.param_groups if group.get("protect", True)]
-        here = {id(p) for group in groups for p in group["params"]}
-        if self._spanned and all(id(p) in here for p in self._spanned):
-            return self._spanned
-        return protected_parameters(optimizer)
-
-    def _check_span(self, params: Sequence[Tensor]) -> None:
-        """Refuse other parameters than those that the subspace was estimated on."""
-        if not self._spanned or self._geometry.subspace is None:
-            return
-        known, given = ({id(p) for p in x} for x in (self._spanned, params))
-        if known != given:
-            raise ValueError(
-                f"params: {len(given - known)} protected parameters were added and "
-                f"{len(known - given)} removed or frozen since the safety subspace was first "
-                "estimated, and what the aligned model's loss does along new ones is not known. "
-                "Add groups with protect=False, or give the optimizer all protected parameters, "
-                "trainable, before its first step"
-            )
+        return loaded_parameters(optimizer, self._geometry) or protected_parameters(optimizer)
 
     def _accepts(self, params: Sequence[Tensor]) -> bool:
         """Whether the step with these gradients can be protected.

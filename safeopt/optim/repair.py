@@ -2,8 +2,8 @@ r"""Repair: bring a model back that has already lost its alignment.
 
 At most ``refreshes`` times: look at new safety examples, estimate the safety subspace where the
 model stands now, and go back inside it. The step is that of `safeopt.curvature.window`, the
-smallest one after which no safety example is lost and no held example refused, with two differences
-that keep what fine-tuning has learned:
+smallest one after which no safety example is lost and no held example refused more than the aligned
+model refused it, with two differences that keep what fine-tuning has learned:
 
 **Length is measured by the task.** Where task examples are given, their gradients t_1, …, t_m span
 directions of the subspace, too, and the smallest step is the one that the task minds least,
@@ -23,8 +23,8 @@ on the trial examples, which span no subspace, shortens a step that does not low
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def repair(
     probe: SafetyProbe,
     *,
     budget: float = 0.01,
-    reference: float | None = None,
+    reference: Tensor | float | None = None,
     task: Sequence[Batch] = (),
     refreshes: int = 5,
     examples: int = 32,
@@ -130,10 +130,13 @@ def repair(
             have been loaded as trainable.
         probe: safety examples of ``model`` with the aligned model's refusals. Give it ``held``
             harmless prompts: without them the cure over-refuses.
-        budget: accepted rise of the alignment loss over ``reference``, at least 0; reached, the
-            repair ends.
-        reference: the aligned model's alignment loss on such examples. None measures the model with
-            its adapter disabled, for adapters that were trained on the aligned model.
+        budget: accepted rise of the alignment loss over the aligned model's, at least 0; reached,
+            the repair ends.
+        reference: the aligned model's losses on all examples of the probe, shape ``(n + h,)``: with
+            a probe of that model and the same batches, ``probe.values(probe.indices)``. None
+            measures the model with its adapter disabled, for adapters that were trained on the
+            aligned model. Where only its alignment loss is known, one number: held prompts are then
+            refused no more than the broken model refuses them, which leaves less room.
         task: batches of what the model was fine-tuned on, in the form of safety batches. The more
             of them, up to ``task_examples`` a refresh, the less of it is lost.
         refreshes: estimates of the subspace, each followed by a step, at most; at least 1.
@@ -149,14 +152,15 @@ def repair(
 
     Raises:
         ValueError: if an argument is out of its range, the probe is another model's or has too few
-            examples, ``reference`` is needed, or no parameter is trainable.
+            examples, ``reference`` is needed or of another shape, or no parameter is trainable.
         FloatingPointError: if a loss is not finite. The parameters are as before then, as after any
             exception.
 
-    Cost: one forward pass over the trial examples and the held ones that can take a turn; a refresh
-    takes one forward and one backward pass over its examples and up to three forward passes over
-    the trial examples. Memory: one number a parameter for each of a refresh's examples (factors of
-    the gradients where ``basis`` keeps these), and a copy of the parameters.
+    Cost: a forward pass over the trial examples, and unless ``reference`` has all losses one over
+    the held examples that can take a turn (and the trial ones, where it is None); a refresh takes
+    one forward and one backward pass over its examples and up to three forward passes over the
+    trial examples. Memory: one number a parameter for each of a refresh's examples (factors of the
+    gradients where ``basis`` keeps these), and a copy of the parameters.
     """
     SafetyConfig(budget=budget, newton_damping=newton_damping, basis=basis, seed=seed)  # type: ignore[arg-type]
     for name, number in (
@@ -176,16 +180,16 @@ def repair(
             "model: no parameter is trainable; load an adapter with is_trainable=True, or call "
             "model.requires_grad_(True)"
         )
-    if reference is None:
-        reference = _without_adapter(model, probe)
+    rota = ExampleRota(probe, trial_examples, seed, refreshes * held_beside(examples))
+    goal = _goal(model, probe, rota, reference)
     work = _Repair(
         params,
         probe,
         _Task(model, task, task_examples, max(1, probe.micro_batch_size // 4), seed)
         if task  # task examples are longer than refusals: fewer of them in a pass
         else None,
-        ExampleRota(probe, trial_examples, seed, refreshes * held_beside(examples)),
-        limit=finite(reference) + budget,
+        rota,
+        limit=goal + budget,
         examples=examples,
         damping=newton_damping,
         basis=basis,
@@ -198,9 +202,7 @@ def repair(
             for p, value in zip(params, kept, strict=True):
                 p.copy_(value)
         raise
-    return RepairReport(
-        reference, budget, before, after, *work.task_losses, tuple(steps), work.passes()
-    )
+    return RepairReport(goal, budget, before, after, *work.task_losses, tuple(steps), work.passes())
 
 
 class _Task:
@@ -252,7 +254,7 @@ class _Repair:
 
     def run(self, refreshes: int) -> tuple[float, list[RepairStep], float]:
         """The trial loss before, the steps, and the trial loss after them."""
-        before = trial = float(self._rota.measure(self._probe).mean())
+        before = trial = finite(self._probe.value(self._rota.trial))
         cost = self._task.loss() if self._task else None
         steps: list[RepairStep] = []
         while trial > self._limit and len(steps) < refreshes:
@@ -340,14 +342,46 @@ def _inverse_root(rows: Tensor) -> Tensor:
     return identity - directions.T @ (weights.unsqueeze(1) * directions)
 
 
-def _without_adapter(model: nn.Module, probe: SafetyProbe) -> float:
-    """The alignment loss of the model that an adapter was trained on."""
+def _goal(
+    model: nn.Module, probe: SafetyProbe, rota: ExampleRota, reference: Tensor | float | None
+) -> float:
+    """The aligned model's trial loss; the held examples are bound by what it refuses, too.
+
+    Its loss is that of the trial examples, which are compared with it: prompts differ by more than
+    a budget.
+    """
+    if reference is None:
+        with _without_adapter(model):
+            return float(rota.measure(probe).mean())
+    if not isinstance(reference, Tensor):
+        if rota.held:
+            rota.hold(probe, probe.values(rota.held).to("cpu", torch.float64))
+        return finite(reference)
+    if reference.shape != (len(probe.indices),):
+        raise ValueError(
+            f"reference: shape {tuple(reference.shape)}; expected ({len(probe.indices)},), a loss "
+            "for each safety example and each held one"
+        )
+    losses = reference.to("cpu", torch.float64)
+    finite(float(losses.sum()))
+    rota.hold(probe, losses[rota.held])
+    return float(losses[rota.trial].mean())
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """The model that an adapter was trained on."""
     disabled: Any = getattr(model, "disable_adapter", None)
     if disabled is None:
         raise ValueError(
             "reference=None: the model has no adapter that could be disabled; give the aligned "
-            "model's alignment loss"
+            "model's losses"
         )
     context: AbstractContextManager[None] = disabled()
-    with context:
-        return probe.value(range(min(len(probe), _MOST_MEASURED)))
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with context:
+            yield
+    finally:  # on its way out PEFT unfreezes all of an active adapter
+        for p, before in trains:
+            p.requires_grad_(before)

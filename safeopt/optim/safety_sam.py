@@ -36,15 +36,14 @@ from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.ascent import Ascent, SubspaceAscent, is_finite
 from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
-from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.holding import HeldParameters
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.portable import hide
 from safeopt.optim.protection import (
     OnRefreshError,
     largest_learning_rate,
-    protected_parameters,
     restore,
+    spanned_parameters,
 )
 from safeopt.optim.safeguard import safeguard
 from safeopt.optim.wrapper import OptimizerWrapper, base_of
@@ -68,8 +67,9 @@ class SafetySAM(OptimizerWrapper):
     It is an optimizer whose ``param_groups`` and ``state`` are the base optimizer's own, so that
     schedulers, clipping and `GradScaler` act on the base optimizer. The subspace, its refreshes,
     the restoring and the map after the step are those of `ProjectedAdamW`. ρ is the strength of the
-    perturbation, ``damping`` that of the map: ``damping=0`` is SAM alone, ``rho=0`` the map alone,
-    both together the base optimizer alone, bit for bit and without a safety pass.
+    perturbation, ``damping`` that of the map: ``rho=0`` leaves the perturbation out, ``damping=0``
+    the map (SAM alone, if ``restore_alignment`` is False too), both together leave the base
+    optimizer alone, bit for bit and without a safety pass.
 
     **lookahead** needs no closure. Between the steps the model is held at θ + ε: call `eval` before
     you evaluate or save it and `train` before you go on, as with schedule-free optimizers (Trainer
@@ -88,10 +88,11 @@ class SafetySAM(OptimizerWrapper):
         scaler.step(optimizer)
         scaler.update()
 
-    ε depends on the gradient's direction only, so the scale does not matter, and an overflow in the
-    first pass perturbs nothing. A skipped step does not count. A second pass belongs to the
-    gradients it has made: once they are cleared the next step needs another one, and code that puts
-    new tensors in their place belongs inside the context.
+    ε does not depend on the gradient's length, so the scale does not matter. After an overflow in
+    the first pass ``ascent="task"`` perturbs nothing; ``"safety"`` needs no gradient. A skipped
+    step does not count. A second pass belongs to the gradients it has made: once they are cleared
+    the next step needs another one, and code that puts new tensors in their place belongs inside
+    the context.
 
     Args:
         params: parameters, or groups of them, from which ``base_optimizer`` is built; or an
@@ -105,7 +106,7 @@ class SafetySAM(OptimizerWrapper):
         beta: β of the average in ``"lookahead"``, in [0, 1).
         rank: see `SafetyConfig`, as for all arguments up to ``seed``.
         protection: the map c → c⁺ after the step, called ``mode`` elsewhere.
-        damping: strength of the map; 0 is SAM alone.
+        damping: strength of the map; 0 leaves it out, but not the restoring at refreshes.
         budget: accepted rise of the alignment loss, in nats a token.
         refresh: when to estimate the subspace anew.
         examples: new safety examples at one refresh, at most.
@@ -186,7 +187,6 @@ class SafetySAM(OptimizerWrapper):
             seed=seed,
         )
         super().__init__(base)
-        self.safety: SafetyGeometry = base.safety  # type: ignore[attr-defined]
         self.rho = float(rho)
         self.mode = mode
         self.ascent = ascent
@@ -378,7 +378,7 @@ class SafetySAM(OptimizerWrapper):
             )
 
     def _params(self) -> list[Tensor]:
-        return protected_parameters(self.base_optimizer)
+        return spanned_parameters(self.base_optimizer, self.safety)
 
     def _moves(self) -> bool:
         """Whether the next step moves protected parameters."""

@@ -7,8 +7,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.portable import reveal
-from safeopt.optim.protection import trained_parameters
+from safeopt.optim.protection import loaded_parameters
 
 
 class OptimizerWrapper(Optimizer):
@@ -19,11 +20,12 @@ class OptimizerWrapper(Optimizer):
     wrapper run around the wrapper's methods, those of the base optimizer around its own.
 
     Args:
-        base_optimizer: the optimizer that takes the steps.
+        base_optimizer: the optimizer that takes the steps, a protected one.
     """
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         self.base_optimizer = base_optimizer
+        self.safety: SafetyGeometry = base_optimizer.safety  # type: ignore[attr-defined]
         super().__setstate__({})  # the hooks; __init__ would make groups and state of its own
 
     @property
@@ -85,7 +87,7 @@ class OptimizerWrapper(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        state_dict = reveal(state_dict, self, trained_parameters(self))
+        state_dict = reveal(state_dict, self, loaded_parameters(self, self.safety))
         self._check_state(state_dict)
         self.base_optimizer.load_state_dict(state_dict)
         self._take_state(state_dict)

@@ -31,7 +31,7 @@ from torch import Tensor
 from safeopt.curvature.bases.tucker import Tucker, compressed, cores_of
 from safeopt.curvature.basis import CarriedRows, whitening
 from safeopt.factored import FactoredRows
-from safeopt.rows import flat_products, mixed, row_dtype
+from safeopt.rows import as_matrix, exact_products, flat_products, mixed, row_dtype
 
 logger = logging.getLogger("safeopt")
 
@@ -137,7 +137,7 @@ class CompressedBasis:
             vector = tensor.detach().to(entries.dtype)
             if isinstance(block, Tucker):
                 vector = block.core_of(vector)
-            part = flat_products(entries.flatten(1), vector.reshape(1, -1))
+            part = flat_products(as_matrix(entries), vector.reshape(1, -1))
             total += part.squeeze(1).to(total.device)
         return self.weights @ total
 
@@ -154,10 +154,11 @@ class CompressedBasis:
                 tensor.add_(step.view(tensor.shape).to(tensor.dtype))
                 continue
             left, right = block.expanded(inner)
-            if left.dtype == tensor.dtype:
-                tensor.addmm_(left, right)
-            else:
-                tensor.add_((left @ right).to(tensor.dtype))
+            with exact_products(tensor.device):
+                if left.dtype == tensor.dtype:
+                    tensor.addmm_(left, right)
+                else:
+                    tensor.add_((left @ right).to(tensor.dtype))
 
     def inner(self, other: CompressedBasis) -> Tensor:
         """Inner products with another basis, shape ``(k, k_other)``, float64."""
@@ -173,7 +174,7 @@ class CompressedBasis:
                     row = cores_of(rows, index, block.left, block.right)
                 else:
                     row = rows.block(index)
-                part = flat_products(row.flatten(1), _entries(block).flatten(1))
+                part = flat_products(as_matrix(row), as_matrix(_entries(block)))
                 total += part.to(total.device)
         return total @ self.weights.T
 
@@ -282,12 +283,13 @@ def _products(mine: Sequence[Block], theirs: Sequence[Block], like: Tensor) -> T
 
 def _inner(mine: Block, theirs: Block) -> Tensor:
     if isinstance(mine, Tucker) and isinstance(theirs, Tucker):
-        cores = (mine.left.T @ theirs.left) @ theirs.cores @ (theirs.right.T @ mine.right)
+        with exact_products(mine.left.device):
+            cores = (mine.left.T @ theirs.left) @ theirs.cores @ (theirs.right.T @ mine.right)
         return flat_products(mine.cores.flatten(1), cores.flatten(1))
     if isinstance(mine, Tucker):
         return _inner(theirs, mine).T
     whole = _whole(theirs)
-    return flat_products(mine.flatten(1), whole.flatten(1))
+    return flat_products(as_matrix(mine), as_matrix(whole))
 
 
 def _full(block: Block) -> Block:
@@ -299,7 +301,8 @@ def _whole(block: Block) -> Tensor:
     """A block's directions as they are, ``(k, *p.shape)``."""
     if isinstance(block, Tucker):
         block = block.full()
-        return block.left @ block.cores @ block.right.T
+        with exact_products(block.left.device):
+            return block.left @ block.cores @ block.right.T
     return block
 
 

@@ -160,7 +160,7 @@ class Int8Basis:
         for index, (block, dtype) in enumerate(zip(self.blocks, self.dtypes, strict=True)):
             row = as_matrix(rows.block(index))
             step = _columns(max(len(left), block.codes.shape[0]))
-            parts = []
+            parts = [quantised(row.new_empty(len(left), 0))]  # all of a parameter without numbers
             for low in range(0, row.shape[1], step):
                 part = slice(low, low + step)
                 values = right.to(row) @ row[:, part]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safeopt.factored import FactoredRows
-from safeopt.rows import mixed, row_dtype
+from safeopt.rows import exact_products, mixed, row_dtype
 
 # What is computed in float32 is kept in half of its bytes: the rounding, 0.2% of a number, is far
 # below what compression leaves out.
@@ -72,16 +72,18 @@ class Tucker:
 
     def core_of(self, matrix: Tensor) -> Tensor:
         """Q_bᵀ X Q_a of one matrix ``(d_out, d_in)``."""
-        if self.left.shape[1] <= self.right.shape[1]:
-            return (self.left.T @ matrix) @ self.right
-        return self.left.T @ (matrix @ self.right)
+        with exact_products(matrix.device):
+            if self.left.shape[1] <= self.right.shape[1]:
+                return (self.left.T @ matrix) @ self.right
+            return self.left.T @ (matrix @ self.right)
 
     def expanded(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_j w_j u_j as a product of two matrices ``(d_out, r)`` and ``(r, d_in)``."""
         core = mixed(weights.unsqueeze(0), self.cores)[0]
-        if self.left.shape[1] <= self.right.shape[1]:
-            return self.left, core @ self.right.T
-        return self.left @ core, self.right.T
+        with exact_products(core.device):
+            if self.left.shape[1] <= self.right.shape[1]:
+                return self.left, core @ self.right.T
+            return self.left @ core, self.right.T
 
     def select(self, directions: Tensor) -> Tucker:
         """Some of the directions."""
@@ -101,15 +103,16 @@ def compressed(
 ) -> tuple[Tucker, tuple[Tensor, Tensor]]:
     """One matrix's new directions in Tucker form, and the energy of each column of Q_b and Q_a."""
     block = block.restored()
-    q_b, q_a = _extended(block, rows, index, right)
-    cores = mixed(right, cores_of(rows, index, q_b, q_a))
-    if len(block.cores):
-        old = mixed(left, block.cores)
-        cores[:, : old.shape[1], : old.shape[2]] += old
-    v_b, energy_b = _principal(torch.einsum("kij,klj->il", cores, cores), loss)
-    cores = torch.einsum("ib,kij->kbj", v_b, cores)
-    v_a, energy_a = _principal(torch.einsum("kij,kil->jl", cores, cores), loss)
-    return Tucker(q_b @ v_b, cores @ v_a, q_a @ v_a).rounded(), (energy_b, energy_a)
+    with exact_products(left.device):
+        q_b, q_a = _extended(block, rows, index, right)
+        cores = mixed(right, cores_of(rows, index, q_b, q_a))
+        if len(block.cores):
+            old = mixed(left, block.cores)
+            cores[:, : old.shape[1], : old.shape[2]] += old
+        v_b, energy_b = _principal(torch.einsum("kij,klj->il", cores, cores), loss)
+        cores = torch.einsum("ib,kij->kbj", v_b, cores)
+        v_a, energy_a = _principal(torch.einsum("kij,kil->jl", cores, cores), loss)
+        return Tucker(q_b @ v_b, cores @ v_a, q_a @ v_a).rounded(), (energy_b, energy_a)
 
 
 def _extended(
@@ -177,13 +180,16 @@ def _needed(energies: Tensor, loss: float) -> int:
 
 def cores_of(rows: FactoredRows, index: int, q_b: Tensor, q_a: Tensor) -> Tensor:
     """Q_bᵀ g_i Q_a for every row's part of a matrix, shape ``(m, r_b, r_a)``."""
-    if rows.is_dense(index):
-        return q_b.T @ rows.block(index) @ q_a
-    out = q_b.new_zeros(len(rows), q_b.shape[1], q_a.shape[1])
-    for left, right, owners in rows.factors(index):
-        b = q_b[left] if left.dim() == 1 else left.to(q_b) @ q_b
-        a = (right.to(q_a) @ q_a) * rows.scale[owners].to(q_a).unsqueeze(1)
-        counts = torch.bincount(owners, minlength=len(rows)).tolist()
-        for core, left_part, right_part in zip(out, b.split(counts), a.split(counts), strict=True):
-            core.addmm_(left_part.T, right_part)
-    return out
+    with exact_products(q_b.device):
+        if rows.is_dense(index):
+            return q_b.T @ rows.block(index) @ q_a
+        out = q_b.new_zeros(len(rows), q_b.shape[1], q_a.shape[1])
+        for left, right, owners in rows.factors(index):
+            b = q_b[left] if left.dim() == 1 else left.to(q_b) @ q_b
+            a = (right.to(q_a) @ q_a) * rows.scale[owners].to(q_a).unsqueeze(1)
+            counts = torch.bincount(owners, minlength=len(rows)).tolist()
+            for core, left_part, right_part in zip(
+                out, b.split(counts), a.split(counts), strict=True
+            ):
+                core.addmm_(left_part.T, right_part)
+        return out

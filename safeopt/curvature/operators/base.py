@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from safeopt.curvature.density import hutch_pp
 from safeopt.curvature.operators.objective import Loss, Objective, micro_batches
 from safeopt.isolation import untouched
-from safeopt.per_example import row_dtype
+from safeopt.losses import IGNORE
+from safeopt.rows import exact_products, row_dtype
 
 ParameterFilter = Callable[[str], bool]
 # A dense matrix beyond this is a mistake: 20,000 parameters are 3.2 GB in float64.
@@ -169,13 +170,11 @@ class CurvatureOperator(ABC, Generic[PartT]):
                 f"vectors: {len(vectors)} tensors, shapes {[tuple(x.shape) for x in vectors][:4]}; "
                 f"expected one of shape (k, *p.shape) for each of {len(self.params)} parameters"
             )
-        out = [
-            torch.zeros(x.shape, dtype=row_dtype(p), device=p.device)
-            for x, p in zip(vectors, self.params, strict=True)
-        ]
+        vectors = [x.to(p.device, row_dtype(p)) for x, p in zip(vectors, self.params, strict=True)]
+        out = [torch.zeros_like(x) for x in vectors]
         total = 0.0
         self.counts.products += vectors[0].shape[0]
-        with untouched(self.model), torch.enable_grad():
+        with self._looking():
             for part in self._all_parts():
                 part.add_products(vectors, out)
                 total += part.weight
@@ -229,17 +228,27 @@ class CurvatureOperator(ABC, Generic[PartT]):
         finally:
             self._parts = None
 
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Passes that leave no trace, with gradients and without reduced-precision products.
+
+        Their rounding is far above that of float32, which finite differences count on.
+        """
+        with untouched(self.model), torch.enable_grad(), exact_products(self.device):
+            yield
+
     @abstractmethod
     def _part(self, batch: Any, index: int) -> PartT:
-        """Make micro-batch number ``index`` ready."""
+        """Make micro-batch number ``index`` ready; it may have no labelled token."""
 
     def _all_parts(self) -> Iterator[PartT]:
         versions = [p._version for p in self.model.parameters()]
         if self._parts is not None and versions != self._versions:
             self._parts.clear()
         self._versions = versions
-        index = -1
+        index, targets = -1, False
         for index, batch in enumerate(self._micro_batches()):
+            targets |= self.objective.has_targets(batch)
             if self._parts is None or index >= self._keep:
                 yield self._part(batch, index)
                 continue
@@ -248,6 +257,8 @@ class CurvatureOperator(ABC, Generic[PartT]):
             yield self._parts[index]
         if index < 0:
             raise ValueError("batches: empty; a curvature needs at least one example")
+        if not targets:
+            raise ValueError(f"labels: every entry is {IGNORE}; a curvature needs labelled tokens")
 
     def _micro_batches(self) -> Iterator[Any]:
         if self._splits is None:
@@ -264,10 +275,17 @@ class CurvatureOperator(ABC, Generic[PartT]):
             return self.objective.losses(self.model, self._first_examples(2)).dim() == 1
 
     def _first_examples(self, count: int) -> Any:
-        """The first ``count`` examples or fewer; the first batch where it cannot be cut."""
+        """The first ``count`` examples or fewer; the first batch where it cannot be cut.
+
+        Examples without a labelled token are passed over, unless there are no others.
+        """
+        batch = None
         for batch in micro_batches(self._batches, min(count, self._micro_batch_size), self.device):
-            return batch
-        raise ValueError("batches: empty; a curvature needs at least one example")
+            if self.objective.has_targets(batch):
+                break
+        if batch is None:
+            raise ValueError("batches: empty; a curvature needs at least one example")
+        return batch
 
 
 def _chosen(

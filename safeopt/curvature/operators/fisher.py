@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from safeopt.curvature.basis import inner_products
 from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss, row_count
-from safeopt.isolation import untouched
 from safeopt.losses import IGNORE, response_log_probs
 from safeopt.per_example import per_example_gradients
+from safeopt.rows import row_dtype
 
 
 class _Rows:
@@ -95,7 +95,7 @@ class FisherOperator(CurvatureOperator[_Rows]):
             One tensor for each parameter, shape ``(m, *p.shape)``: what `solvers.gram` takes.
             Memory: m·n numbers.
         """
-        with untouched(self.model), torch.enable_grad():
+        with self._looking():
             collected = list(self._all_parts())
         scale = sum(part.weight for part in collected) ** -0.5
         parts = zip(*(part.rows for part in collected), strict=True)
@@ -104,7 +104,7 @@ class FisherOperator(CurvatureOperator[_Rows]):
     def trace(self, products: int = 0, seed: int = 0) -> float:
         """Return the exact trace, (1/W) Σ_i ‖g_i‖², without products; the arguments are ignored."""
         squares, total = 0.0, 0.0
-        with untouched(self.model), torch.enable_grad():
+        with self._looking():
             for part in self._all_parts():
                 squares += sum(float(x.square().sum(dtype=torch.float64)) for x in part.rows)
                 total += part.weight
@@ -117,6 +117,11 @@ class FisherOperator(CurvatureOperator[_Rows]):
                 "loss: per-example gradients need a batch that is a dict of tensors with one row "
                 "for each example, and a loss of shape (m,)"
             )
+        if not self.objective.has_targets(batch):
+            zeros = [
+                torch.zeros(count, *p.shape, dtype=row_dtype(p)).to(p.device) for p in self.params
+            ]
+            return _Rows(zeros, self.objective.weight(batch, batch["labels"][:, 0]))
         function = self.objective.losses
         if self.labels == "sampled":
             batch = self._with_sampled_labels(batch, index)

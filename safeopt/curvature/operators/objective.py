@@ -51,6 +51,10 @@ class Objective:
         """Whether the loss is a cross-entropy of next tokens, whose GGN has a closed form."""
         return self.loss in ("causal_lm", refusal_nll) or isinstance(self.loss, ReferenceKL)
 
+    def has_targets(self, batch: Any) -> bool:
+        """Whether a token counts, so that the loss can be computed; unknown losses always can."""
+        return not self.is_cross_entropy or bool((batch["labels"][:, 1:] != IGNORE).any())
+
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Return ℓ_i of each example, shape ``(m,)``, or one number for the batch, shape ``()``."""
         if callable(self.loss):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss
-from safeopt.curvature.products import Kind, Product, Site, choose
-from safeopt.isolation import untouched
+from safeopt.curvature.products import Kind, Product, Site, choose, filled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,6 +20,13 @@ if TYPE_CHECKING:
 
 class Weighed(Protocol):
     """Something with a share of W, which may be known only after its first use."""
+
+    weight: float
+
+
+@dataclass
+class _Share:
+    """A share of W that is known."""
 
     weight: float
 
@@ -84,7 +90,7 @@ class VectorwiseOperator(CurvatureOperator[ProductPart]):
         """
         if self._kind is None:
             examples = self._first_examples(2)
-            with untouched(self.model), torch.enable_grad():
+            with self._looking():
                 self._kind = choose(
                     self.products, self._site, lambda kind: self._product(kind, examples)[0]
                 )
@@ -97,6 +103,9 @@ class VectorwiseOperator(CurvatureOperator[ProductPart]):
         return other
 
     def _part(self, batch: Any, index: int) -> ProductPart:
+        if not self.objective.has_targets(batch):
+            share = _Share(self.objective.weight(batch, batch["labels"][:, 0]))
+            return ProductPart(lambda vector: filled([None] * len(vector), self.params), share)
         return ProductPart(*self._product(self.chosen_products(), batch))
 
     @abstractmethod
