@@ -121,7 +121,7 @@ def correlations(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def onset(curve: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
-    """The fit of a whole run's rise; None where fewer than three points have risen."""
+    """The fit of a whole run's rise; None where too few points have risen, or one is no number."""
     try:
         return fit_onset(*zip(*curve, strict=True)).as_json()
     except ValueError:
@@ -141,7 +141,7 @@ def calibration(curve: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
     known = [point for point in curve if point[0] <= _KNOWN * steps[-1]]
     try:
         fit = fit_onset(*zip(*known, strict=True))
-    except ValueError:  # too few points had risen
+    except ValueError:  # too few points had risen, or one is no number
         return None
     forecasts = {}
     for model in dict.fromkeys(("power", fit.best)):

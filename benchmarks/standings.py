@@ -28,7 +28,7 @@ class Row:
         grid: what its grid points reached on val.
         curves: of the choice: steps and alignment losses for each seed.
         passes: forward passes of the task, forward and backward passes for safety.
-        long_rise: of the alignment loss in the long run; None without one.
+        long_rise: of the alignment loss in the long run; None without a whole one of the choice.
         long_task: task loss there.
     """
 
@@ -67,7 +67,7 @@ class Standings:
             what they remove at their own.
         test: the result on test.
         target: the task loss T* at which methods are compared.
-        failures: runs that crashed, in words.
+        failures: runs that crashed and methods without a row, in words.
     """
 
     rows: tuple[Row, ...]
@@ -98,7 +98,7 @@ def standings(folder: Path) -> Standings:
     test = read_result(folder / TEST)
     if test is None or test.start is None or test.start.prompts is None:
         raise ConfigError(
-            f"{folder / TEST / FILE}: no result of a sweep with evaluation.per_prompt; make one "
+            f"{folder / TEST / FILE}: no result of a sweep; make one "
             "with `python -m benchmarks sweep CONFIG --out DIR`"
         )
     config = test.run_config()
@@ -125,6 +125,11 @@ def standings(folder: Path) -> Standings:
         for stage, result in zip((TEST, VAL, LONG), [test, *others], strict=True)
         if result is not None
         for failure in result.failures
+    ]
+    failures += [
+        f"{TEST}: {family}: what was chosen has not run with every seed"
+        for family in dict.fromkeys(method.family for method in config.methods)
+        if family not in groups
     ]
     base_task = float(samples[BASELINE][0].task.mean())
     return Standings(

@@ -26,6 +26,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def trainability_kept(model: nn.Module) -> Iterator[None]:
+    """Outside, the parameters train or not as they did, whatever happens to them inside."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, trains in before:
+            p.requires_grad_(trains)
+
+
+@contextmanager
 def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
     """Evaluation mode and a fixed random seed inside; everything as before outside.
 
@@ -76,7 +87,7 @@ def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]
                 if buffer._version != version:
                     buffer.copy_(before)
             for module, named in buffers:
-                module._buffers.update(named)  # some modules assign a new tensor, or their first
+                module._buffers.update(named)  # some modules put another tensor in its place
 
 
 def _checkpoints(module: nn.Module) -> bool:

@@ -97,18 +97,16 @@ def _check_shapes(mismatched: Iterable[str | tuple[str, Any, Any]]) -> None:
 
 
 def _check_complete(model: Any, missing: set[str]) -> None:
-    """Refuse weights that lack parameters, which would be random: transformers only logs that."""
-    # Of tied parameters one name is enough; buffers are made by the model itself.
-    given = {id(p) for name, p in _every_name(model) if name not in missing}
-    lacking = sorted({name for name, p in _every_name(model) if id(p) not in given})
+    """Refuse weights that lack some, which would be made up: transformers only logs that."""
+    tensors = model.state_dict(keep_vars=True)
+    given = {id(x) for name, x in tensors.items() if name not in missing}
+    lacking = sorted(name for name, x in tensors.items() if id(x) not in given)  # of tied ones all
     if lacking:
         some = ", ".join(lacking[:2]) + (", …" if len(lacking) > 2 else "")
-        raise ValueError(f"its weights lack {some}, which would be random; fetch them again")
-
-
-def _every_name(model: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    """The parameters by name; tied ones have several names."""
-    return model.named_parameters(remove_duplicate=False)
+        raise ValueError(
+            f"its weights lack {some}, which would be made up; the files are incomplete or of "
+            "another model"
+        )
 
 
 def _forget_quantisation(model: Any) -> None:

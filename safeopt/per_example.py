@@ -84,7 +84,7 @@ def per_example_gradients(
         looped: indices into ``params`` known to need the loop over examples; extended in place.
         layout: how the parameters lie over the processes.
         verify: whether the sum over the examples is checked. For sharded parameters that takes the
-            weights' gradients and their reduction, so do it once; for others it is free. Those of
+            weights' gradients and their reduction, so do it once; for others it is cheap. Those of
             modules that are not called are checked in any case, see `Recorder.uncalled`.
 
     Returns:
@@ -93,18 +93,19 @@ def per_example_gradients(
     total: Sequence[Tensor | None] = ()
     with Recorder(model, params, len(single_losses), looped, layout) as recorder:
         values = losses()
-        if recorder.edges and not verify and not recorder.uncalled:
-            # The gradients of the layers' outputs alone.
-            torch.autograd.grad(values.sum(), recorder.edges, allow_unused=True)
-        elif layout.sharded:
+        checked = range(len(params)) if verify else sorted(recorder.uncalled)
+        if checked and layout.sharded:
             total = sharded_gradients(values.sum(), params)
-        else:
-            total = torch.autograd.grad(values.sum(), list(params), allow_unused=True)
+        elif recorder.edges or checked:
+            wanted: list[Any] = [*recorder.edges, *(params[index] for index in checked)]
+            found = torch.autograd.grad(values.sum(), wanted, allow_unused=True)
+            total = found[len(recorder.edges) :]
     rows = [recorder.row(index) for index in range(len(params))]
     if layout.sharded:
         recorder.check_parts(total, rows, looped)
     else:
-        for index, (gradient, row) in enumerate(zip(total, rows, strict=True)):
+        for index, gradient in zip(checked, total, strict=True):
+            row = rows[index]
             if index not in looped and gradient is not None:
                 recorder.check(index, row.sum(0), gradient, torch.linalg.vector_norm(row), looped)
     for index, row in looped_rows(single_losses, params, looped, layout).items():
@@ -155,7 +156,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self.edges: list[GradientEdge] = []  # of all recorded outputs
         self.mixed: set[int] = set()
         # A layer ran in half precision, by itself or under autocast, or its products are rounded.
-        self.rounded = row_dtype(params[0]) == torch.float32 and rounds_products(params[0].device)
+        self.rounded = False
         self._params = params
         self._layout = layout
         self._parts: Sequence[Part | None] = layout.parts or [None] * len(params)
@@ -260,7 +261,9 @@ class Recorder(AbstractContextManager["Recorder"]):
     @torch.no_grad()
     def _record(self, module: nn.Module, args: Any, kwargs: Any, b: Tensor) -> None:
         own = self._owned[module]
-        self.rounded |= b.dtype.itemsize < 4
+        self.rounded |= b.dtype.itemsize < 4 or (
+            b.dtype == torch.float32 and rounds_products(b.device)
+        )
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if first is None or not self._one_row_each(first, b):
             self.mixed.update(own.values())

@@ -171,14 +171,18 @@ def exact_products(device: torch.device) -> Iterator[None]:
     """No TensorFloat-32 or bfloat16 inside, whatever the user has chosen for training.
 
     They keep 11 and 8 bits of a number: Uᵀθ − Uᵀθ_r would be lost in the rounding of Uᵀθ. CPUs with
-    bfloat16 products take these at ``torch.set_float32_matmul_precision("medium")``.
+    bfloat16 products take these at ``torch.set_float32_matmul_precision("medium")``. The setting is
+    the process's, not the thread's.
     """
+    if not rounds_products(device):
+        yield
+        return
     before = _precision(device)
     _set_precision(device, "ieee" if _own_setting(device) else "highest")
     try:
         yield
     finally:
-        _set_precision(device, before)
+        _restore_precision(device, before)
 
 
 def rounds_products(device: torch.device) -> bool:
@@ -187,9 +191,10 @@ def rounds_products(device: torch.device) -> bool:
 
 
 def _own_setting(device: torch.device) -> Any:
-    """Where a device's precision is set from torch 2.9 on, which warns if both ways are used.
+    """Where a device's precision is set from torch 2.9 on, or None.
 
-    Before, there is one setting for all devices.
+    Before, there is one setting for all devices; later torch raises where that is read after
+    both have been written.
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     matmul = getattr(backend, "matmul", None)
@@ -207,6 +212,16 @@ def _set_precision(device: torch.device, precision: str) -> None:
         torch.set_float32_matmul_precision(precision)
     else:
         own.fp32_precision = precision
+
+
+def _restore_precision(device: torch.device, before: str) -> None:
+    """As it was; what followed torch's general setting follows it again."""
+    own = _own_setting(device)
+    if own is not None:
+        own.fp32_precision = "none"
+        if own.fp32_precision == before:
+            return
+    _set_precision(device, before)
 
 
 def _tiles(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -211,6 +211,13 @@ def test_no_other_point_takes_the_place_of_the_choice(folder: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="adamw has not finished with every seed"):
         standings(out)
 
+    result = read_result(folder / "test")
+    result.records = [r for r in result.records if r.method.split("[")[0] != "projected_adamw"]
+    write_result(result, out / "test")
+    found = standings(out)
+    assert "projected_adamw" not in {row.method for row in found.rows}
+    assert found.failures == ("test: projected_adamw: what was chosen has not run with every seed",)
+
 
 def test_a_result_whose_method_is_gone_is_told(folder: Path, tmp_path: Path):
     out = tmp_path / "out"

@@ -87,3 +87,29 @@ def test_products_do_without_tf32_whatever_training_uses(device):
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_setting_that_follows_the_general_one_still_does_afterwards(device):
+    """transformers' TrainingArguments(tf32=True) sets the general one."""
+    before = torch.backends.fp32_precision
+    try:
+        for general in ("tf32", "ieee", "tf32"):
+            torch.backends.fp32_precision = general
+            assert rows.rounds_products(torch.device(device)) == (general == "tf32")
+            with rows.exact_products(torch.device(device)):
+                assert not rows.rounds_products(torch.device(device))
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_before_torch_2_9_there_is_one_setting(monkeypatch):
+    monkeypatch.setattr(rows, "_own_setting", lambda device: None)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with rows.exact_products(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -12,7 +12,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from transformers import T5Config
 
 from safeopt.data import ChatExample, encode
-from safeopt.models import load_causal_lm
+from safeopt.models import _check_complete, load_causal_lm
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -135,7 +135,7 @@ def test_weights_of_other_shapes_are_named(saved):
         (True, "lm_head", None),  # never there
     ],
 )
-def test_weights_that_are_missing_are_named_and_not_random(tmp_path, tied, dropped, lacking):
+def test_weights_that_are_missing_are_named_and_not_made_up(tmp_path, tied, dropped, lacking):
     tiny_llama(tied=tied).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -144,6 +144,17 @@ def test_weights_that_are_missing_are_named_and_not_random(tmp_path, tied, dropp
     if lacking is None:
         load_causal_lm(str(tmp_path))
         return
-    with pytest.raises(ValueError, match=rf"its weights lack .*{lacking} would be random") as error:
+    with pytest.raises(
+        ValueError, match=rf"its weights lack .*{lacking} would be made up"
+    ) as error:
         load_causal_lm(str(tmp_path))
     assert str(error.value).startswith(f"model={tmp_path}: ")
+
+
+def test_buffers_that_are_missing_are_named():
+    """Of a mixture of experts the router's corrections are learned, but no parameters."""
+    model = torch.nn.Module()
+    model.register_buffer("correction", torch.zeros(2))
+    _check_complete(model, set())
+    with pytest.raises(ValueError, match="its weights lack correction, which"):
+        _check_complete(model, {"correction"})

@@ -128,6 +128,9 @@ def test_a_resumed_run_is_measured_on_the_first_runs_refusals(tmp_path, prompts,
     assert ends[0].step == ends[1].step == 16
     assert ends[0].alignment_loss == ends[1].alignment_loss
     assert first.monitor.reference == again.monitor.reference
+    prompts.write_text('{"prompt": "Something else"}\n' * 12, encoding="utf-8")
+    with pytest.raises(ValueError, match="other prompts than those of the run that is resumed"):
+        train(tmp_path, [again], resume=str(tmp_path / "checkpoint-12"), **saving)
 
 
 @pytest.mark.parametrize("restoring", [False, True])

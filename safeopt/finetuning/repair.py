@@ -147,7 +147,7 @@ def _check_new(out: Path) -> None:
         if (left / REPORT).is_file():
             what = f"the result of a repair that was not moved to its place; move it to {out}"
         else:
-            what = "of a repair that still runs or was killed; remove it if none runs"
+            what = "that of a repair that still runs or was killed; remove it if none runs"
         raise FileExistsError(f"out={out}: {left} is {what}, or choose another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out={out}: it exists already; expected a new or empty folder")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from safeopt.integrations.versions import require
 
 require("lightning")
@@ -107,6 +105,4 @@ def protected(trainer: Trainer) -> list[Any]:
 def _restore(trainer: Trainer) -> None:
     for optimizer in protected(trainer):
         if optimizer.safety.active:
-            # Lightning validates, and then saves, in inference mode.
-            with torch.inference_mode(False), torch.enable_grad():
-                optimizer.restore()
+            optimizer.restore()

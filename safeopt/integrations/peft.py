@@ -34,6 +34,7 @@ require("peft")
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from safeopt.isolation import trainability_kept
 from safeopt.losses import Batch, ReferenceKL
 from safeopt.probe import SafetyProbe
 
@@ -160,13 +161,8 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
     Args:
         model: the model with its adapters.
     """
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for p, trains in before:
-            p.requires_grad_(trains)
+    with trainability_kept(model), model.disable_adapter():
+        yield
 
 
 def _peft_model(model: nn.Module) -> PeftModel:

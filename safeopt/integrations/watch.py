@@ -129,15 +129,21 @@ class WatchCallback(MonitorCallback):
 
     def _read(self, model: Any, tokenizer: Any, aligned: bool) -> SafetyProbe:
         if isinstance(self._safety, SafetyProbe):
+            self._refusals = None
             return self._safety
         assert self._safety is not None
         need_tokenizer(tokenizer)
+        prompts = read_examples(self._safety, need_response=False)
         if self._refusals:
             examples = [ChatExample(tuple(e["messages"]), e["finished"]) for e in self._refusals]
+            if any(example.prompt not in [p.prompt for p in prompts] for example in examples):
+                raise ValueError(
+                    f"safety={self._safety}: other prompts than those of the run that is resumed"
+                )
         else:
-            prompts = read_examples(self._safety, need_response=False)
             examples = with_refusals(model, tokenizer, prompts, str(self._safety))
-            self._refusals = [asdict(example) for example in examples]
+            if any(prompt.response is None for prompt in prompts):
+                self._refusals = [asdict(example) for example in examples]
         batches = as_batches(tokenizer, examples)
         if aligned:
             check_likely(build_probe(model, batches), str(self._safety))

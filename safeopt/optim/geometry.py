@@ -156,8 +156,10 @@ class SafetyGeometry:
         position, gradient = coordinates_together(
             self.subspace.basis, params, [p.grad for p in params]
         )
-        if any(p.grad is not None for p in params):  # a base optimizer may have cleared them
+        if any(p.grad is not None for p in params):
             self.observe_gradient(gradient, learning_rate)
+        else:  # the base optimizer has cleared them
+            self.coupling = self._last_gradient = None
         c = position - self.subspace.anchor
         self.update = c - self._position
         mapped = self._map(c)

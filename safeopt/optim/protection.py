@@ -190,8 +190,8 @@ def attach(
 def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
     """Measure the alignment loss now and restore examples that are lost.
 
-    Call it before a checkpoint is saved and at the end of training; in inference mode as well,
-    where gradients are out of reach even for who asks for them.
+    Call it before a checkpoint is saved and at the end of training; in inference mode as well, in
+    which Lightning validates and then saves.
 
     Raises:
         ValueError: if protected parameters were added or frozen since the first estimate.

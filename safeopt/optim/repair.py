@@ -35,6 +35,7 @@ from safeopt.batches import split
 from safeopt.curvature.bases import choose_basis
 from safeopt.curvature.subspace import updated_subspace
 from safeopt.curvature.window import Window
+from safeopt.isolation import trainability_kept
 from safeopt.losses import Batch
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.estimate import gradient_rows
@@ -79,7 +80,7 @@ class RepairReport:
     """What a repair reached, and what it cost. Losses in nats a token.
 
     Attributes:
-        reference: the aligned model's alignment loss.
+        reference: the aligned model's alignment loss on the trial examples, or the number given.
         budget: accepted rise over it.
         alignment_before: of the trial examples.
         alignment_after: likewise.
@@ -378,10 +379,5 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
             "model's losses"
         )
     context: AbstractContextManager[None] = disabled()
-    trains = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with context:
-            yield
-    finally:  # on its way out PEFT unfreezes all of an active adapter
-        for p, before in trains:
-            p.requires_grad_(before)
+    with trainability_kept(model), context:  # PEFT's own unfreezes all of an active adapter
+        yield

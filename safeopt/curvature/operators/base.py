@@ -232,9 +232,11 @@ class CurvatureOperator(ABC, Generic[PartT]):
     def _looking(self) -> Iterator[None]:
         """Passes that leave no trace, with gradients and without reduced-precision products.
 
-        Their rounding is far above that of float32, which finite differences count on.
+        Their rounding is far above that of float32, which finite differences count on. Layers may
+        lie on several devices.
         """
-        with untouched(self.model), torch.enable_grad(), exact_products(self.device):
+        cpu, cuda = (exact_products(torch.device(kind)) for kind in ("cpu", "cuda"))
+        with untouched(self.model), torch.enable_grad(), cpu, cuda:
             yield
 
     @abstractmethod
