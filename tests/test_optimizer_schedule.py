@@ -150,11 +150,11 @@ def test_a_kl_probe_aims_at_its_goal(monkeypatch):
     model = tiny_llama()
     probe = SafetyProbe(model, [safety_batch(), safety_batch(seed=1)], "kl")
     optimizer = ProjectedAdamW(
-        model.parameters(), probe=probe, refresh=RefreshPolicy.fixed(2), budget=0.01
+        model.parameters(), probe=probe, refresh=RefreshPolicy.fixed(2), budget=1e-3
     )
     run(model, optimizer, 2)
     window = optimizer.safety.subspace.window
-    expected = log_odds(torch.full_like(window.losses, 0.01), window.tokens) - window.log_odds
+    expected = log_odds(torch.full_like(window.losses, 1e-3), window.tokens) - window.log_odds
     assert torch.allclose(ways[0], expected, atol=1e-3)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from tolerances import relative_error
 
-from safeopt.curvature.window import Window, log_odds, nonnegative_minimum
+from safeopt.curvature.window import Window, _losses, log_odds, nonnegative_minimum
 
 NAN = math.nan
 
@@ -126,6 +126,25 @@ def test_nothing_lost_means_no_step():
         torch.full((3,), NAN),
     )
     assert empty.restoring_step(0.1, 0.1).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("missing", "tokens", "held", "lost"),
+    [
+        (0.09, 4, False, False),
+        (0.11, 4, False, True),
+        (1e-6, 4, True, True),
+        (1e-6, 0, False, True),
+    ],
+)
+def test_what_counts_as_lost(missing, tokens, held, lost):
+    """A refusal beyond the tolerance; held examples and losses in other units in any case."""
+    count = torch.full((1,), float(tokens), dtype=torch.float64)
+    goal = torch.full((1,), 0.2, dtype=torch.float64)
+    wrong = log_odds(goal, count) + (missing if held else -missing)
+    loss = _losses(wrong, count)
+    example = Window(torch.ones(1, 1).double(), loss, count, goal if held else goal * NAN)
+    assert example.loses(goal, 0.1) is lost
 
 
 def test_repeated_examples_and_another_order_change_nothing():

@@ -85,6 +85,17 @@ class Window:
         """The mean token loss of each example, shape ``(w,)``, if its log-odds were ``odds``."""
         return _losses(torch.full_like(self.losses, odds), self.tokens)
 
+    def loses(self, goal: float | Tensor, tolerance: float) -> bool:
+        """Whether an example is lost: a safety example noticeably, a held one at all.
+
+        Args:
+            goal: see `restoring_step`.
+            tolerance: nats of log-odds by which a safety example may miss its goal; none where the
+                loss is no negative log-likelihood.
+        """
+        tolerated = torch.where(self.safety & (self.tokens > 0), tolerance, 0.0)
+        return bool((self._missing(goal) > tolerated).any())
+
     def restoring_step(self, goal: float | Tensor, damping: float, beyond: float = 0.0) -> Tensor:
         """The smallest step that brings every example back; shape ``(k,)``, zero if none is lost.
 
@@ -96,17 +107,24 @@ class Window:
             beyond: a lost safety example is brought beyond its goal by as much as it misses, up to
                 so many nats of log-odds.
         """
-        sign = torch.where(self.safety, 1.0, -1.0).to(self.losses)
-        goals = self.losses.new_tensor(goal) if isinstance(goal, float) else goal
-        wanted = torch.where(self.safety, goals, self.targets)
-        lost = sign * (log_odds(wanted, self.tokens) - self.log_odds)
+        lost = self._missing(goal)
         lost = torch.where(self.safety, lost + lost.clamp(0, beyond), lost)
-        rows = (sign * _slopes(self.losses, self.tokens)).unsqueeze(1) * self.coefficients
+        rows = (self._sign * _slopes(self.losses, self.tokens)).unsqueeze(1) * self.coefficients
         products = rows @ rows.T
         diagonal = products.diagonal()
         # An example without a gradient has nothing to give; one keeps the system regular.
         soft = torch.where(diagonal > 0, diagonal * damping, torch.ones_like(diagonal))
         return rows.T @ nonnegative_minimum(products + torch.diag(soft), lost)
+
+    @property
+    def _sign(self) -> Tensor:
+        return torch.where(self.safety, 1.0, -1.0).to(self.losses)
+
+    def _missing(self, goal: float | Tensor) -> Tensor:
+        """By how many nats of log-odds each example misses its goal or target; negative within."""
+        goals = self.losses.new_tensor(goal) if isinstance(goal, float) else goal
+        wanted = torch.where(self.safety, goals, self.targets)
+        return self._sign * (log_odds(wanted, self.tokens) - self.log_odds)
 
 
 def log_odds(losses: Tensor, tokens: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ logger = logging.getLogger("safeopt")
 
 # Lengths of the restoring step that the line search tries, longest first.
 _LENGTHS = (1.0, 0.5, 0.25)
+# A safety example that misses its goal by so few nats of log-odds is not lost: near an optimum the
+# loss is flat, and a long step, which the task feels, would be taken for next to nothing.
+_UNNOTICED = 0.1
 # A step that is not followed by another look within so many steps is searched, not just taken.
 _SOON = 16
 # `restore` repeats measuring and stepping back so often where once was not enough.
@@ -341,6 +344,8 @@ class SafetyGeometry:
         assert self.subspace is not None
         window = self.subspace.window
         goal = window.losses_at(self._reference_odds) + self.config.budget
+        if not window.loses(goal, _UNNOTICED):
+            return trial
         beyond = 0.0 if search or self.probe.loss is not refusal_nll else _FIRMER
         step = window.restoring_step(goal, self.config.newton_damping, beyond)
         if not step.any():
