@@ -34,7 +34,8 @@ def tiny(monkeypatch, tmp_path):
     """The environment of an example: its folder on the path, no arguments but --out."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("SAFEOPT_TINY", "1")
-    monkeypatch.delenv("SAFEOPT_MONITOR", raising=False)
+    monkeypatch.setenv("SAFEOPT_MONITOR", "")  # so that what an example puts there does not stay
+    monkeypatch.delenv("SAFEOPT_MONITOR")
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

@@ -92,15 +92,11 @@ def test_products_do_without_tf32_whatever_training_uses(device):
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_setting_that_follows_the_general_one_still_does_afterwards(device):
     """transformers' TrainingArguments(tf32=True) sets the general one."""
-    before = torch.backends.fp32_precision
-    try:
-        for general in ("tf32", "ieee", "tf32"):
-            torch.backends.fp32_precision = general
+    for general in ("tf32", "ieee", "tf32"):
+        with torch.backends.flags(fp32_precision=general):
             assert rows.rounds_products(torch.device(device)) == (general == "tf32")
             with rows.exact_products(torch.device(device)):
                 assert not rows.rounds_products(torch.device(device))
-    finally:
-        torch.backends.fp32_precision = before
 
 
 def test_before_torch_2_9_there_is_one_setting(monkeypatch):

@@ -110,7 +110,7 @@ def test_a_result_that_cannot_be_moved_is_kept_and_named(files, forgotten, tmp_p
 @pytest.mark.parametrize(
     ("whole", "words"),
     [
-        (False, "is of a repair that still runs or was killed; remove it if none runs"),
+        (False, "is that of a repair that still runs or was killed; remove it if none runs"),
         (True, "is the result of a repair that was not moved to its place; move it to"),
     ],
 )
