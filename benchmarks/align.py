@@ -56,7 +56,8 @@ def align(out: Path, steps: int, seed: int, console: Console) -> None:
     with console.status("the model's own answers to harmless prompts"):
         harmless = harmless_train() + borderline()
         answers = generate(model, tokenizer, harmless, ANSWER_TOKENS, batch_size=40)
-    answered = [_answer_row(tokenizer, *pair) for pair in zip(harmless, answers, strict=True)]
+    texts = [answer.text for answer in answers]
+    answered = [_answer_row(tokenizer, *pair) for pair in zip(harmless, texts, strict=True)]
     refused = [refusal_row(tokenizer, prompt) for prompt in safety_splits().align]
     pad = tokenizer.pad_token_id
     unchanged = ReferenceKL()

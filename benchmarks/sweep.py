@@ -7,7 +7,7 @@ choice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -55,9 +55,10 @@ def sweep(
             a method on val have failed.
     """
     points = tuple(point for method in config.methods for point in method.points())
+    stages = _stages(config)
     # Before anything is written: the leaderboard of what is there reads its sweep's own config.
-    for name, stage in _stages(config, points).items():
-        continued(stage, out / name, methods_may_change=True)
+    for name, stage in stages.items():  # what is chosen of the points is not known yet
+        continued(stage(points), out / name, methods_may_change=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, config.as_json())
     console.rule(f"val: {len(points)} grid points")
@@ -65,26 +66,27 @@ def sweep(
     go_on = partial(
         run, console=console, executor=executor, threads=threads, methods_may_change=True
     )
-    tuned = go_on(config.stage("val", points, config.tuning.seeds), out / VAL)
+    tuned = go_on(stages[VAL](points), out / VAL)
     chosen = choose(points, tuned, config.tuning)
     console.rule(f"test: {sum(map(len, chosen.values()))} choices, {len(config.seeds)} seeds")
     published = tuple(point for group in chosen.values() for point in group)
-    results = [tuned, go_on(config.stage("test", published, config.seeds), out / TEST)]
+    results = [tuned, go_on(stages[TEST](published), out / TEST)]
     if config.long is not None:
         best = tuple(group[0] for group in chosen.values())
         console.rule(f"long: {len(best)} choices, {config.long} times the steps")
-        results.append(go_on(config.stage("test", best, config.seeds, config.long), out / LONG))
+        results.append(go_on(stages[LONG](best), out / LONG))
     return sum(len(result.failures) for result in results)
 
 
-def _stages(config: SweepConfig, points: tuple[MethodConfig, ...]) -> dict[str, RunConfig]:
-    """The stages by their folders, with all points: what is chosen of them is not known yet."""
+def _stages(config: SweepConfig) -> dict[str, Callable[[tuple[MethodConfig, ...]], RunConfig]]:
+    """The stages by their folders, each made from its methods."""
+    stage = config.stage
     stages = {
-        VAL: config.stage("val", points, config.tuning.seeds),
-        TEST: config.stage("test", points, config.seeds),
+        VAL: lambda methods: stage("val", methods, config.tuning.seeds),
+        TEST: lambda methods: stage("test", methods, config.seeds),
     }
-    if config.long is not None:
-        stages[LONG] = config.stage("test", points, config.seeds, config.long)
+    if (times := config.long) is not None:
+        stages[LONG] = lambda methods: stage("test", methods, config.seeds, times)
     return stages
 
 

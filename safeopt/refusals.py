@@ -97,18 +97,6 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: int = 48,
     batch_size: int = 8,
-) -> list[str]:
-    """The texts of `generate_answers`, with its arguments and errors."""
-    found = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
-    return [answer.text for answer in found]
-
-
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int = 48,
-    batch_size: int = 8,
 ) -> list[Answer]:
     """Greedy answers to single prompts, through the tokenizer's chat template.
 

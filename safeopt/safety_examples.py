@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safeopt.data import ChatExample, collate, encode, read_examples
 from safeopt.probe import SafetyProbe
-from safeopt.refusals import generate_answers, is_refusal
+from safeopt.refusals import generate, is_refusal
 
 # Below this share of refusals a model is not aligned in the sense of the probe.
 _LEAST_REFUSED = 0.25
@@ -84,7 +84,7 @@ def with_refusals(
                 "no response; give the refusal, or the user's message alone"
             )
     prompts = [example.prompt[-1]["content"] for example in asked]
-    answers = generate_answers(model, tokenizer, prompts, _OWN_TOKENS) if asked else []
+    answers = generate(model, tokenizer, prompts, _OWN_TOKENS) if asked else []
     own = [
         example.answered(answer.text, finished=answer.finished)
         for example, answer in zip(asked, answers, strict=True)

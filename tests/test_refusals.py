@@ -110,7 +110,8 @@ PROMPTS = ["a b c d e f", "b", "c d", "h h h h", "e"]
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_generate_agrees_with_one_prompt_at_a_time(model, tokenizer, batch_size):
-    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size)
+    found = generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size)
+    answers = [answer.text for answer in found]
     assert answers == [reference_answer(model, tokenizer, prompt, 6) for prompt in PROMPTS]
     assert len(set(answers)) > 1
 
