@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from benchmarks.models import load, trainable, unaligned
 from benchmarks.records import Point, Record, Span, Start
 from benchmarks.tasks import batches, material, single_batches
 from benchmarks.training import Listener, train
+from safeopt.timing import clock
 
 
 class DivergedError(RuntimeError):
@@ -126,12 +126,12 @@ class Bench:
                 on_step,
                 finite,
             )
-            began = perf_counter()
+            began = clock()
             with rival.evaluating():
                 rates = self.evaluator.rates(model)
                 divergence = self.evaluator.harmless_kl(model)
                 metric = self.evaluator.task_metric(model)
-            seconds = perf_counter() - began
+            seconds = clock() - began
         trajectory.seconds.evaluation += seconds
         trajectory.seconds.total += seconds
         last = trajectory.curve[-1]

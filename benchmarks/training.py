@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from time import perf_counter
 
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from benchmarks.methods.base import Batch
 from benchmarks.records import Passes, Point, Seconds, Tokens
 from benchmarks.tasks import task_loss
 from safeopt.losses import response_log_probs
+from safeopt.timing import clock
 
 Listener = Callable[[int, float], None]
 
@@ -90,21 +90,21 @@ def train(
     trained, set_up = 0.0, method.cost.seconds
     for step, batch in enumerate(batches, start=1):
         loss = StepLoss(model, batch)
-        began = perf_counter()
+        began = clock()
         value = method.step(loss)
         if step == steps:
             method.finish()
-        trained += perf_counter() - began
+        trained += clock() - began
         run.passes.task_forward += loss.forward
         run.passes.task_backward += loss.backward
         tokens = int(batch["attention_mask"].sum())
         run.tokens.task += loss.forward * tokens
         on_step(step, value)
         if step % every == 0 or step == steps:
-            began = perf_counter()
+            began = clock()
             with method.evaluating():
                 now = measure(model)
-            run.seconds.evaluation += perf_counter() - began
+            run.seconds.evaluation += clock() - began
             point = Point(
                 step=step,
                 task_loss=now.task,

@@ -82,8 +82,8 @@ def join(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]
                 tensor = torch.cat([tensor.new_full((missing,), fill), tensor])
             columns.append(tensor)
         batch[name] = torch.stack(columns).to(device)
-    lengths = torch.tensor([example["input_ids"].shape[0] for example in examples])
-    mask = torch.arange(length) >= (length - lengths).unsqueeze(1)
+    lengths = torch.tensor([example["input_ids"].shape[0] for example in examples], device="cpu")
+    mask = torch.arange(length, device="cpu") >= (length - lengths).unsqueeze(1)
     batch["attention_mask"] = mask.long().to(device)
     return batch
 

@@ -203,9 +203,11 @@ def collate(
         return [*missing, *values] if side == "left" else [*values, *missing]
 
     return {
-        "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-        "labels": torch.tensor([padded(row["labels"], IGNORE) for row in rows]),
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows], device="cpu"),
+        "attention_mask": torch.tensor(
+            [padded([1] * len(row["input_ids"]), 0) for row in rows], device="cpu"
+        ),
+        "labels": torch.tensor([padded(row["labels"], IGNORE) for row in rows], device="cpu"),
     }
 
 

@@ -228,8 +228,9 @@ def reshard(model: nn.Module) -> None:
 
     Otherwise the next pass would not see what has been written to the parts since.
     """
-    for module in model.modules():
-        if isinstance(module, _loaded("torch.distributed.fsdp", "FSDPModule")):
+    sharded = _loaded("torch.distributed.fsdp", "FSDPModule")
+    for module in model.modules() if sharded else ():
+        if isinstance(module, sharded):
             module.reshard()
 
 

@@ -115,7 +115,7 @@ class FactoredRows:
         def drawn(x: Tensor) -> Tensor:
             if not x.is_floating_point():
                 return x
-            return torch.randn(x.shape, generator=generator).to(x)
+            return torch.randn(x.shape, generator=generator, device="cpu").to(x)
 
         sites = [
             Factors(
@@ -136,6 +136,12 @@ class FactoredRows:
         return FactoredRows(
             self.shapes, self.dtypes, [s for s in sites if s.left], dense, self.scale
         )
+
+    def summed(self, index: int) -> Tensor:
+        """The sum of a parameter's rows, of its shape."""
+        total = torch.zeros(self.shapes[index], dtype=self.dtypes[index], device=self.device)
+        self.add_into(index, total, torch.ones(len(self), device=self.device))
+        return total
 
     def magnitude(self, index: int) -> Tensor:
         """The length of a parameter's rows, as if nothing cancelled within an example."""

@@ -62,12 +62,7 @@ def factored_gradients(
         total = found[len(recorder.edges) :]
         recorder.read(found)
     rows = recorder.rows(None if checked else dtype)
-    for index, gradient in zip(checked, total, strict=True):
-        if index not in looped and gradient is not None:
-            summed = torch.zeros_like(gradient, dtype=row_dtype(gradient))
-            rows.add_into(index, summed, torch.ones(len(rows)))
-            recorder.check(index, summed, gradient, rows.magnitude(index), looped)
-    looped |= recorder.mixed
+    recorder.check(dict(zip(checked, total, strict=True)), rows.summed, rows.magnitude, looped)
     rows = rows.with_dense(looped_rows(single_losses, params, looped))
     return values.detach(), rows if dtype is None else rows.stored_as(dtype)
 

@@ -72,7 +72,7 @@ class Factors:
         x = self.right.to(torch.float64 if self.right.dtype == torch.float64 else torch.float32)
         generator = torch.Generator().manual_seed(0)
         # Rows that agree have neighbouring projections on any one vector.
-        order = (x @ torch.randn(x.shape[1], generator=generator).to(x)).argsort()
+        order = (x @ torch.randn(x.shape[1], generator=generator, device="cpu").to(x)).argsort()
         ordered = x[order]
         gaps = (ordered[1:] - ordered[:-1]).norm(dim=1)
         new = gaps > _SAME[self.right.dtype] * ordered[1:].norm(dim=1)

@@ -80,7 +80,11 @@ class ReferenceKL:
     def state_dict(self) -> list[dict[str, Tensor]]:
         """The cached reference of each example, as plain tensors on their devices."""
         return [
-            {"input_ids": torch.tensor(key), "log_probs": top.clone(), "tokens": index.clone()}
+            {
+                "input_ids": torch.tensor(key, device="cpu"),
+                "log_probs": top.clone(),
+                "tokens": index.clone(),
+            }
             for key, (top, index) in self._reference.items()
         ]
 

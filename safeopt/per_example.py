@@ -27,7 +27,7 @@ hooks run then too; of each gradient a rank keeps its own part. All ranks run th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.func import functional_call, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from safeopt.distributed import ALONE, Layout, Part, local, sharded_gradients
 from safeopt.rows import rounds_products
@@ -93,21 +93,21 @@ def per_example_gradients(
     total: Sequence[Tensor | None] = ()
     with Recorder(model, params, len(single_losses), looped, layout) as recorder:
         values = losses()
-        checked = range(len(params)) if verify else sorted(recorder.uncalled)
+        checked = list(range(len(params)) if verify else sorted(recorder.uncalled))
         if checked and layout.sharded:
+            checked = list(range(len(params)))  # `backward` computes them all
             total = sharded_gradients(values.sum(), params)
         elif recorder.edges or checked:
             wanted: list[Any] = [*recorder.edges, *(params[index] for index in checked)]
             found = torch.autograd.grad(values.sum(), wanted, allow_unused=True)
             total = found[len(recorder.edges) :]
     rows = [recorder.row(index) for index in range(len(params))]
-    if layout.sharded:
-        recorder.check_parts(total, rows, looped)
-    else:
-        for index, gradient in zip(checked, total, strict=True):
-            row = rows[index]
-            if index not in looped and gradient is not None:
-                recorder.check(index, row.sum(0), gradient, torch.linalg.vector_norm(row), looped)
+    recorder.check(
+        dict(zip(checked, total, strict=True)),
+        lambda index: rows[index].sum(0),
+        lambda index: torch.linalg.vector_norm(rows[index]),
+        looped,
+    )
     for index, row in looped_rows(single_losses, params, looped, layout).items():
         rows[index] = row
     return PerExampleGradients(values.detach(), rows)
@@ -208,41 +208,41 @@ class Recorder(AbstractContextManager["Recorder"]):
         return self._rows[index]
 
     def check(
-        self, index: int, summed: Tensor, gradient: Tensor, scale: Tensor, looped: set[int]
-    ) -> None:
-        """Put a parameter into ``looped`` where its rows' sum is not the total gradient."""
-        gap = torch.linalg.vector_norm(summed - gradient.to(summed.dtype))
-        self._judge(index, float(gap), float(scale), (summed.dtype, gradient.dtype), looped)
-
-    def check_parts(
-        self, gradients: Sequence[Tensor | None], rows: Sequence[Tensor], looped: set[int]
-    ) -> None:
-        """`check` for all sharded parameters with one all-reduce; without gradients only mixed."""
-        looped |= self.mixed
-        known = [(i, g) for i, g in enumerate(gradients) if g is not None and i not in looped]
-        if not known:
-            return
-        squares = [
-            torch.stack([(rows[i].sum(0) - local(g)).square().sum(), rows[i].square().sum()])
-            for i, g in known
-        ]
-        lengths = self._layout.sum(torch.stack(squares).double()).sqrt().tolist()
-        for (index, gradient), (gap, scale) in zip(known, lengths, strict=True):
-            self._judge(index, gap, scale, (rows[index].dtype, gradient.dtype), looped)
-
-    def _judge(
         self,
-        index: int,
-        gap: float,
-        scale: float,
-        dtypes: tuple[torch.dtype, torch.dtype],
+        totals: Mapping[int, Tensor | None],
+        summed: Callable[[int], Tensor],
+        magnitude: Callable[[int], Tensor],
         looped: set[int],
     ) -> None:
-        exact = dtypes[0] == dtypes[1] and not self.rounded
-        tolerance = _AGREEMENT[dtypes[0]] if exact else 0.1
-        if index in self.mixed or gap > tolerance * scale + torch.finfo(dtypes[1]).tiny:
-            looped.add(index)
-            logger.info("per-example gradients of parameter %d need a loop over examples", index)
+        """Put parameters into ``looped`` that are mixed, or whose rows' sum is not the gradient.
+
+        All numbers are read together: one wait for a GPU, one all-reduce where they are sharded.
+
+        Args:
+            totals: autograd's gradients of the losses' sum by the parameters' indices.
+            summed: from an index to the sum of the parameter's rows, this process's part.
+            magnitude: from an index to the norm of all its rows, likewise.
+            looped: extended in place.
+        """
+        looped |= self.mixed
+        dtypes, lengths = {}, []
+        for index, gradient in totals.items():
+            if gradient is not None and index not in looped:
+                rows = summed(index)
+                gap = torch.linalg.vector_norm(rows - local(gradient).to(rows.dtype))
+                dtypes[index] = rows.dtype, gradient.dtype
+                lengths.append(torch.stack([gap, magnitude(index).to(gap)]).double())
+        if not lengths:
+            return
+        squares = torch.stack([pair.to(lengths[0].device) for pair in lengths]).square()
+        if self._layout.sharded:  # elsewhere each process looks at examples of its own
+            squares = self._layout.sum(squares)
+        for index, (gap, norm) in zip(dtypes, squares.sqrt().tolist(), strict=True):
+            ours, theirs = dtypes[index]
+            tolerance = _AGREEMENT[ours] if ours == theirs and not self.rounded else 0.1
+            if gap > tolerance * norm + torch.finfo(theirs).tiny:
+                looped.add(index)
+                logger.info("parameter %d: its gradients need a loop over the examples", index)
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._replaying or not torch.is_grad_enabled():
@@ -304,27 +304,76 @@ class Recorder(AbstractContextManager["Recorder"]):
         if module.padding_idx is not None:
             flat_b = flat_b * (tokens != module.padding_idx).unsqueeze(-1)
         part = self._parts[index]
-        for example in range(self.examples):
-            if part is None:
-                rows[example].index_add_(0, tokens[example], flat_b[example])
-            else:
-                whole = rows.new_zeros(module.weight.shape)
-                whole.index_add_(0, tokens[example], flat_b[example])
-                rows[example] += part.cut(whole)
+        if part is None:
+            starts = torch.arange(self.examples, device=tokens.device) * rows.shape[1]
+            places = (tokens + starts.unsqueeze(1)).flatten()
+            rows.flatten(0, 1).index_add_(0, places, flat_b.flatten(0, 1))
+            return
+        for example in range(self.examples):  # the whole table is large: one at a time
+            whole = rows.new_zeros(module.weight.shape)
+            whole.index_add_(0, tokens[example], flat_b[example])
+            rows[example] += part.cut(whole)
 
     def _local_products(
         self, module: nn.Module, own: dict[str, int], args: Any, kwargs: Any, b: Tensor
     ) -> None:
         weights = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+        self._replaying = True  # the replay runs this module's hooks again
+        try:
+            if self._layout.sharded or not self._at_once(module, weights, own, args, kwargs, b):
+                self._one_by_one(module, weights, own, args, kwargs, b)
+        finally:
+            self._replaying = False
+
+    def _at_once(
+        self,
+        module: nn.Module,
+        weights: dict[str, Tensor],
+        own: dict[str, int],
+        args: Any,
+        kwargs: Any,
+        b: Tensor,
+    ) -> bool:
+        """The products of all examples by `torch.func.vmap`; False for a module that it refuses."""
+        leaves, structure = tree_flatten((args, kwargs))
+        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        places = [place for place, x in enumerate(leaves) if self._has_rows(x)]
+
+        def products(part: Tensor, *rows: Tensor) -> dict[str, Tensor]:
+            one = list(leaves)
+            for place, row in zip(places, rows, strict=True):
+                one[place] = row.unsqueeze(0)
+            inputs, named = tree_unflatten(one, structure)
+
+            def output(chosen: dict[str, Tensor]) -> Tensor:
+                return functional_call(module, {**weights, **chosen}, inputs, named)
+
+            pull: Any = vjp(output, {name: weights[name] for name in own})[1]
+            return dict(pull(part.unsqueeze(0))[0])
+
+        try:
+            found = vmap(products)(b, *(leaves[place] for place in places))
+        except Exception as error:  # a backward pass of its own, a branch that depends on the data
+            logger.debug("%s: one example at a time (%s)", type(module).__name__, error)
+            return False
+        for name, gradients in found.items():
+            self.row(own[name]).add_(self._own(own[name], gradients, leading=1))
+        return True
+
+    def _one_by_one(
+        self,
+        module: nn.Module,
+        weights: dict[str, Tensor],
+        own: dict[str, int],
+        args: Any,
+        kwargs: Any,
+        b: Tensor,
+    ) -> None:
         for example in range(self.examples):
             leaves = {name: weights[name].clone().requires_grad_() for name in own}
             inputs, named = tree_map(partial(self._one, example=example), (args, kwargs))
-            self._replaying = True  # the replay below runs this module's hooks again
-            try:
-                with torch.enable_grad():
-                    output = functional_call(module, {**weights, **leaves}, inputs, named)
-            finally:
-                self._replaying = False
+            with torch.enable_grad():
+                output = functional_call(module, {**weights, **leaves}, inputs, named)
             part = b[example : example + 1]
             if output.shape != part.shape:  # an argument could not be cut down to one example
                 self.mixed.update(own.values())
@@ -336,10 +385,12 @@ class Recorder(AbstractContextManager["Recorder"]):
                 if gradient is not None:
                     self.row(own[name])[example] += self._own(own[name], gradient)
 
+    def _has_rows(self, value: Any) -> bool:
+        """Whether a module's argument has a row for each example."""
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.examples
+
     def _one(self, value: Any, example: int) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == self.examples:
-            return value[example : example + 1].detach()
-        return value
+        return value[example : example + 1].detach() if self._has_rows(value) else value
 
 
 def _plain_embedding(module: Any) -> bool:

@@ -7,7 +7,7 @@ numbers are those of the plain pass up to rounding.
 
 from __future__ import annotations
 
-from itertools import takewhile
+from itertools import compress, takewhile
 from typing import Any
 
 import torch
@@ -71,11 +71,16 @@ def tokens_run(batch: Batch, shared: Batch) -> int:
 
 def _common(batch: Batch) -> int:
     """Length of the rows' common beginning, short of the token that predicts the first label."""
-    kept = batch["attention_mask"].bool()
-    rows = [row[k].tolist() for row, k in zip(batch["input_ids"], kept, strict=True)]
+    kept = batch["attention_mask"].tolist()
+
+    def without_padding(name: str) -> list[list[int]]:
+        # The tensor is read as a whole: a GPU is waited for once.
+        return [list(compress(*pair)) for pair in zip(batch[name].tolist(), kept, strict=True)]
+
+    rows = without_padding("input_ids")
     longest = min(len(row) for row in rows) - 1
     if "labels" in batch:
-        labels = [row[k].tolist() for row, k in zip(batch["labels"], kept, strict=True)]
+        labels = without_padding("labels")
         unlabelled = (len(list(takewhile(lambda x: x == IGNORE, row))) for row in labels)
         longest = min(unlabelled) - 1
     first, last = min(rows), max(rows)  # what these two share, all rows in between share

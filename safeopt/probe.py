@@ -8,7 +8,6 @@ random state, train/eval mode and hooks are as before, also when something raise
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +35,7 @@ from safeopt.passes import PassCounter
 from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.prefix import share_prefix, tokens_run
 from safeopt.rows import row_dtype
+from safeopt.timing import clock
 
 # The opening of a refusal that an optimizer protects, in tokens: between 4 and all tried on
 # HarmBench `val`, see docs/optimizers/projected-adamw.md.
@@ -142,7 +142,7 @@ class SafetyProbe:
         with self._untouched(), torch.no_grad():
             layout = self._model_layout()
             mine = [chosen[p] for p in layout.share(len(chosen))]
-            values: list[Tensor] = [torch.empty(0)] * len(mine)
+            values: list[Tensor] = [torch.empty(0, device="cpu")] * len(mine)
             for positions in self._micro_batches(mine):
                 losses = self._run([mine[p] for p in positions], backward=False)
                 for position, loss in zip(positions, losses, strict=True):
@@ -160,7 +160,9 @@ class SafetyProbe:
         """
         named = self.loss is refusal_nll or isinstance(self.loss, ReferenceKL)
         labels = [self._examples[index]["labels"][1:] for index in indices]
-        return torch.tensor([int((x != IGNORE).sum()) * named for x in labels]).double()
+        return torch.tensor(
+            [int((x != IGNORE).sum()) * named for x in labels], device="cpu"
+        ).double()
 
     def gradient(
         self, params: Sequence[Tensor], indices: Sequence[int] | None = None
@@ -214,7 +216,7 @@ class SafetyProbe:
             layout = self.layout(params)
             split = not layout.sharded
             mine = [chosen[p] for p in layout.share(len(chosen))] if split else chosen
-            losses = torch.empty(len(mine))
+            losses = torch.empty(len(mine), device="cpu")
             rows = [local(p.detach()) for p in params]
             rows = [p.new_empty((len(mine), *p.shape), dtype=row_dtype(p)) for p in rows]
             for positions in self._micro_batches(mine):
@@ -398,7 +400,7 @@ class SafetyProbe:
     @contextmanager
     def _untouched(self) -> Iterator[None]:
         """Evaluation mode inside; everything as before outside, and the time counted."""
-        start = time.perf_counter()
+        start = clock()
         reshard(self.model)
         gradients = [(p, p.grad) for p in self.model.parameters() if is_sharded(p)]
         self._sharded = bool(gradients)
@@ -411,7 +413,7 @@ class SafetyProbe:
             reshard(self.model)
             for p, gradient in gradients:
                 p.grad = gradient
-            self.passes.seconds += time.perf_counter() - start
+            self.passes.seconds += clock() - start
 
 
 def _device(model: nn.Module) -> torch.device:

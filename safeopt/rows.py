@@ -18,6 +18,8 @@ from safeopt.distributed import ALONE, Layout, local
 
 # Columns multiplied in the rows' own dtype; the products of these tiles are summed in float64.
 COLUMNS = 1 << 14
+# Columns of small blocks that are multiplied together.
+_TOGETHER = 16 * COLUMNS
 
 
 class GradientRows(Protocol):
@@ -103,7 +105,7 @@ class DenseRows:
         blocks = []
         for b, part in zip(self.blocks, parts, strict=True):
             shape = b.shape if part is None else part.whole(b.shape, leading=1)
-            drawn = torch.randn(shape, generator=generator)
+            drawn = torch.randn(shape, generator=generator, device="cpu")
             blocks.append((drawn if part is None else part.cut(drawn, leading=1)).to(b))
         return DenseRows(blocks, self.layout)
 
@@ -135,10 +137,34 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """
     device = left[0].device
     total = torch.zeros(left[0].shape[0], right[0].shape[0], dtype=torch.float64, device=device)
-    for a, b in zip(left, right, strict=True):
-        if a.numel() and b.numel():
-            total += flat_products(as_matrix(a), as_matrix(b)).to(device)
+    for group in _groups(left, right):
+        a = _side_by_side([left[i] for i in group])
+        b = a if left is right else _side_by_side([right[i] for i in group])
+        total += flat_products(a, b).to(device)
     return total
+
+
+def _groups(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Neighbours to be multiplied at once: hundreds of small products would be mostly overhead."""
+    group: list[int] = []
+    columns, last = 0, None
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        if not (a.numel() and b.numel()):
+            continue
+        size, kind = a[0].numel(), (a.device, a.dtype, b.device, b.dtype)
+        if group and (kind != last or columns + size > _TOGETHER):
+            yield group
+            group, columns = [], 0
+        group.append(index)
+        columns, last = columns + size, kind
+    if group:
+        yield group
+
+
+def _side_by_side(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks ``(m, *p.shape)`` as one matrix; a single one is not copied."""
+    matrices = [as_matrix(block) for block in blocks]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
 
 
 def flat_products(left: Tensor, right: Tensor) -> Tensor:

@@ -46,12 +46,12 @@ def on_a_cpu():
 class Wide(nn.Module):
     """Matrices only, for Muon; one large enough for 8-bit states, which start at 4,096 numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(64, 80, bias=False)
+        self.first = nn.Linear(width, 80, bias=False)
         self.second = nn.Linear(80, 6, bias=False)
-        self.inputs = torch.randn(24, 64)
+        self.inputs = torch.randn(24, width)
         self.targets = torch.randn(24, 6)
 
     def losses(self, rows):
@@ -63,8 +63,8 @@ class Wide(nn.Module):
         return super().to(device)
 
 
-def build(name, device="cpu", **safety):
-    model = Wide().to(device)
+def build(name, device="cpu", width=64, **safety):
+    model = Wide(width).to(device)
     ids = torch.arange(10).view(-1, 1).repeat(1, 2)
     probe = SafetyProbe(
         model,
@@ -181,7 +181,8 @@ def test_states_have_eight_bits(name):
 @gpu
 @pytest.mark.parametrize("name", PAGED)
 def test_paged_states_on_a_gpu(name):
-    model, _, optimizer = build(f"bitsandbytes.{name}", device="cuda", mode="project")
+    # bitsandbytes pages states from 100,000 numbers on.
+    model, _, optimizer = build(f"bitsandbytes.{name}", device="cuda", width=1280, mode="project")
     train(model, optimizer, 5)
     assert getattr(optimizer.state[model.first.weight]["state1"], "is_paged", False)
     c = optimizer.safety.subspace.coordinates(list(model.parameters()))

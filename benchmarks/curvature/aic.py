@@ -114,17 +114,21 @@ def _theirs(
     rank: int,
 ) -> dict[str, Any]:
     risk = imported("alignment_risk", AIC_PEER.package)
+    device = params[0].device.type
     fisher = imported("alignment_risk.fisher", AIC_PEER.package).FisherConfig(
         top_rank=rank,
         target_explained_variance=None,
         max_samples=len(batch["input_ids"]),
-        device="cpu",
+        device=device,
     )
-    curvature = imported("alignment_risk.curvature", AIC_PEER.package).CurvatureConfig(device="cpu")
+    curvature = imported("alignment_risk.curvature", AIC_PEER.package)
     config = risk.PipelineConfig(
-        fisher=fisher, curvature=curvature, mode="lora", adaptive_curvature_refine=False
+        fisher=fisher,
+        curvature=curvature.CurvatureConfig(device=device),
+        mode="lora",
+        adaptive_curvature_refine=False,
     )
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative on the CPU
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         report = risk.AlignmentRiskPipeline(config).run(
             model,
             single_examples(batch),

@@ -121,7 +121,7 @@ def measure(
     Returns:
         The row, and what has no place in it: model calls, eigenvalues and notes.
     """
-    before = _resident()
+    before = _in_use()
     with PeakMemory() as memory, Calls(problem.model, listener) as calls:
         clock = Stopwatch()
         found = solve(problem, kind)
@@ -148,20 +148,23 @@ def measure(
 def max_residual(problem: Problem, kind: Operator, found: Solved) -> float:
     """Largest ‖Hu − λu‖/|λ|, by our operator whoever found the pairs; not timed."""
     operator = operator_of(problem, kind)
-    rows = found.rows.detach().to(operator.dtype)
+    device = problem.params[0].device
+    rows = found.rows.detach().to(device, operator.dtype)
     parts = rows.split([p.numel() for p in problem.params], dim=1)
     blocks = [
         part.reshape(len(rows), *p.shape) for part, p in zip(parts, problem.params, strict=True)
     ]
     products = torch.cat([block.flatten(1) for block in operator.matmat(blocks)], dim=1)
-    values = found.values.detach().double().unsqueeze(1)
+    values = found.values.detach().to(device).double().unsqueeze(1)
     lengths = (products.double() - values * rows.double()).norm(dim=1).detach()
     return float((lengths / (rows.double().norm(dim=1) * values.abs().squeeze(1))).max())
 
 
-def _resident() -> int:
-    """Resident memory after what earlier runs have freed is given back to the system."""
+def _in_use() -> int:
+    """Memory in use, of the GPU where there is one, without what earlier runs have freed."""
     gc.collect()
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
     with suppress(OSError, AttributeError):  # another C library has no such function
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(psutil.Process().memory_info().rss)

@@ -67,14 +67,16 @@ def peak_after_steps(setting: Setting, name: str) -> dict[str, Any]:
     if isinstance(optimizer, ProjectedAdamW) and optimizer.safety.subspace is not None:
         basis = optimizer.safety.subspace.basis
         storage = {"kind": basis.kind, "directions": basis.rank, "nbytes": basis.nbytes}
-    return {"peak_bytes": peak_resident(), "steps": setting.memory_steps, "basis": storage}
+    return {"peak_bytes": peak_bytes(), "steps": setting.memory_steps, "basis": storage}
 
 
-def peak_resident() -> int:
-    """The largest resident memory that this process has had.
+def peak_bytes() -> int:
+    """The largest memory that this process has had: on a GPU allocated there, else resident.
 
     Not ``ru_maxrss``, which on Linux a child process inherits from its parent.
     """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text(encoding="ascii").splitlines():

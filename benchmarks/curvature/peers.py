@@ -1,7 +1,7 @@
 """Public implementations of the same eigenpairs, each used as its own documentation says.
 
-All of them compute attention by its plain formula ("math"): the fused kernel of the CPU has no
-second derivative. All get the same single batch and the same start of a random seed.
+All of them compute attention by its plain formula ("math"): the fused kernels have no second
+derivative. All get the same single batch and the same start of a random seed.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ def _pyhessian(problem: Problem, operator: Operator) -> Solved:
         computer = pyhessian.hessian(
             Scored(problem.model), nn.CrossEntropyLoss(), data=data, cuda=False
         )
+        computer.device = str(problem.params[0].device)  # cuda=True cannot take a batch by names
         values, vectors = computer.eigenvalues(tol=problem.tolerance, top_n=problem.rank)
     finally:
         inner.hessian_vector_product = original

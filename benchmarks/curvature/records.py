@@ -33,7 +33,8 @@ class EigenpairsRow(Row):
         products: matrix-vector products.
         max_residual: largest ‖Hu − λu‖/|λ| of the wanted pairs, computed for every implementation
             by the same operator after the run.
-        peak_bytes: peak resident memory of the process above what it was before the run.
+        peak_bytes: peak memory above what was in use before the run: what the process holds, or of
+            a GPU what is allocated there.
     """
 
     implementation: str

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter, process_time
+from time import process_time
+
+from safeopt.timing import clock
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Stopwatch:
     """Runs from its construction on."""
 
     def __init__(self) -> None:
-        self._wall, self._processor = perf_counter(), process_time()
+        self._wall, self._processor = clock(), process_time()
 
     def read(self) -> Time:
         """The time so far."""
-        return Time(perf_counter() - self._wall, process_time() - self._processor)
+        return Time(clock() - self._wall, process_time() - self._processor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from safeopt import PassCounter
 from safeopt.data import collate
+from safeopt.timing import clock
 
 Batch = Mapping[str, Tensor]
 
@@ -27,11 +27,11 @@ class SafetyCost(PassCounter):
     @contextmanager
     def clock(self, sign: int = 1) -> Iterator[None]:
         """Add the time of the block to ``seconds``; with ``sign=-1`` take it off again."""
-        start = perf_counter()
+        start = clock()
         try:
             yield
         finally:
-            self.seconds += sign * (perf_counter() - start)
+            self.seconds += sign * (clock() - start)
 
     def add(self, batch: Batch, *, backward: bool) -> None:
         """Count one pass over a batch: forward, and backward where there was one."""

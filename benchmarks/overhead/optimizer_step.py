@@ -21,6 +21,7 @@ LAYERS, LORA = 25, 8
 LINEAR = (
     (576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576),
 )  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [shape for _ in range(LAYERS) for i, o in LINEAR for shape in ((LORA, i), (o, LORA))]
 
 
@@ -31,12 +32,13 @@ class Adapters(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Linear(i, o, bias=False) for o, i in SHAPES)
-        self.inputs = [torch.randn(RANK + 1, 1, i) for _, i in SHAPES]
-        self.outputs = [torch.randn(RANK + 1, 1, o) for o, _ in SHAPES]
+        self.inputs = [torch.randn(RANK + 1, 1, i, device=DEVICE) for _, i in SHAPES]
+        self.outputs = [torch.randn(RANK + 1, 1, o, device=DEVICE) for o, _ in SHAPES]
+        self.to(DEVICE)
 
     def forward(self, examples: Tensor) -> Tensor:
         """The losses of the examples named."""
-        total = torch.zeros(len(examples))
+        total = torch.zeros(len(examples), device=DEVICE)
         for layer, a, b in zip(self.layers, self.inputs, self.outputs, strict=True):
             total = total + (layer(a[examples]) * b[examples]).sum((1, 2))
         return total
@@ -67,13 +69,13 @@ def steps() -> Comparison:
         if hasattr(optimizer, "safety"):
             rank = min(rank, fill_subspace(optimizer, params))
         for p in params:
-            p.grad = torch.randn(p.shape)
+            p.grad = torch.randn_like(p)
         runs[name] = optimizer.step
     return Comparison(runs, size, rank)
 
 
 def _safety(model: nn.Module) -> dict[str, Any]:
-    ids = torch.arange(RANK + 1).view(-1, 1).repeat(1, 2)
+    ids = torch.arange(RANK + 1, device=DEVICE).view(-1, 1).repeat(1, 2)
     probe = SafetyProbe(
         model,
         [{"input_ids": ids, "labels": ids}],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from time import perf_counter, process_time
+from time import process_time
 from typing import NamedTuple
+
+from safeopt.timing import clock
 
 
 class Timings(NamedTuple):
@@ -32,9 +34,9 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
     order = list(runs)
     for index in range(warm_up + rounds):
         for name in order:
-            began, busy = perf_counter(), process_time()
+            began, busy = clock(), process_time()
             runs[name]()
-            taken = perf_counter() - began, process_time() - busy
+            taken = clock() - began, process_time() - busy
             if index >= warm_up:
                 seconds.wall[name].append(taken[0])
                 seconds.cpu[name].append(taken[1])

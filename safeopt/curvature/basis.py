@@ -225,7 +225,7 @@ class DenseBasis:
         correction = whitening(basis.inner(basis))
         for segment in basis._flat.segments:
             segment.matrix.copy_(mixed(correction, segment.matrix))
-        return basis, torch.arange(len(left))
+        return basis, torch.arange(len(left), device="cpu")
 
     def rows(self, scale: Tensor) -> list[Tensor]:
         """Return the directions times ``scale (k,)``: rows whose Gram matrix is diag(scale²)."""

@@ -129,7 +129,7 @@ def spectral_density(
         raise ValueError(f"steps={steps}, vectors={vectors}: at least one of each")
     space = RowSpace(operator, seed)
     steps = min(steps, space.size)
-    nodes = torch.zeros(vectors, steps, dtype=torch.float64)
+    nodes = torch.zeros(vectors, steps, dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(nodes)
     with operator.retained():
         for sample in range(vectors):
@@ -142,7 +142,7 @@ def spectral_density(
 def _quadrature(space: RowSpace, steps: int) -> tuple[Tensor, Tensor]:
     v = space.empty(steps)
     v[:1] = space.orthonormal(space.random(1), v[:0])
-    t = torch.zeros(steps, steps, dtype=torch.float64)
+    t = torch.zeros(steps, steps, dtype=torch.float64, device="cpu")
     for j in range(steps):
         w = space.products(v[j : j + 1])
         row = space.remove(w, v[: j + 1])[0].cpu()

@@ -104,7 +104,7 @@ def lanczos(
         raise ValueError(f"subspace={subspace}: rank={rank} needs at least {rank + 2} vectors")
     limit = max_products or 100 + 30 * rank
     v = space.empty(rows)
-    t = torch.zeros(rows, rows, dtype=torch.float64)
+    t = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
     first = space.random(1) if start is None else space.flat(start.blocks).sum(0, keepdim=True)
     v[:1] = space.orthonormal(first, v[:0])
     count = 0  # rows of V whose products are in T

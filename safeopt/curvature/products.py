@@ -209,7 +209,7 @@ def choose(kind: Kind | Literal["auto"], site: Site, build: Callable[[Kind], Pro
         raise ValueError(f'products="{kind}": expected "auto" or one of {list(KINDS)}')
     generator = torch.Generator().manual_seed(0)
     vector = [
-        torch.randn(p.shape, generator=generator, dtype=row_dtype(p)).to(p.device)
+        torch.randn(p.shape, generator=generator, dtype=row_dtype(p), device="cpu").to(p.device)
         for p in site.params
     ]
     _clear_padding(vector, site)

@@ -63,7 +63,10 @@ class RowSpace:
     def random(self, count: int) -> Tensor:
         """Standard normal vectors."""
         drawn = torch.randn(
-            (count, self.size), generator=self._generator, dtype=self.operator.dtype
+            (count, self.size),
+            generator=self._generator,
+            dtype=self.operator.dtype,
+            device="cpu",
         )
         return drawn.to(self.operator.device)
 

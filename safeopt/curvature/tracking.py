@@ -78,12 +78,12 @@ def drift(
     values = pairs.eigenvalues
     live = (values.abs() > 1e-12 * values.abs().max()).nonzero().squeeze(1)
     if zero := not len(live):
-        live, values = torch.arange(len(values)), torch.ones_like(values)
+        live, values = torch.arange(len(values), device="cpu"), torch.ones_like(values)
     space = RowSpace(operator, seed)
     basis = space.flat(pairs.basis.blocks)
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (products, len(live)), generator=generator) * 2.0 - 1
-    mix = torch.zeros(products, len(values), dtype=torch.float64)
+    signs = torch.randint(0, 2, (products, len(live)), generator=generator, device="cpu") * 2.0 - 1
+    mix = torch.zeros(products, len(values), dtype=torch.float64, device="cpu")
     mix[:, live] = signs.double() / values[live].cpu()
     with operator.retained():
         image = space.products(mixed(mix, basis))

@@ -137,8 +137,8 @@ def figures(
     Cost: an eigendecomposition of an m×m matrix; no pass through the model.
     """
     m, count = evidence.gradient.shape
-    examples = torch.arange(m) if examples is None else examples
-    batches = torch.arange(count) if batches is None else batches
+    examples = torch.arange(m, device="cpu") if examples is None else examples
+    batches = torch.arange(count, device="cpu") if batches is None else batches
     spectrum = Spectrum.of(evidence.gram[examples][:, examples])
     k = spectrum.rank(rank)
     weights = evidence.weights[batches] / evidence.weights[batches].sum()
@@ -191,7 +191,7 @@ def intervals(
 
 def _without_each(count: int) -> list[Tensor]:
     """All indices but one, for each of them; nothing to leave out of a single one."""
-    everything = torch.arange(count)
+    everything = torch.arange(count, device="cpu")
     return [everything[everything != left_out] for left_out in range(count)] if count > 1 else []
 
 
@@ -216,7 +216,7 @@ def jackknife_interval(
     parts = []  # variance and degrees of freedom of each sample
     for group in groups:
         if group:
-            values = torch.tensor(group, dtype=torch.float64)
+            values = torch.tensor(group, dtype=torch.float64, device="cpu")
             values = values.log() if positive else values
             squares = float((values - values.mean()).square().sum())
             parts.append((squares * (len(group) - 1) / len(group), len(group) - 1))
@@ -262,7 +262,9 @@ def random_coupling(
     """
     k = spectrum.rank(rank)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(_RANDOM_DIRECTIONS, k, generator=generator, dtype=torch.float64)
+    noise = torch.randn(
+        _RANDOM_DIRECTIONS, k, generator=generator, dtype=torch.float64, device="cpu"
+    )
     sizes = (spectrum.eigenvalues[:k].sqrt() * noise).norm(dim=1) * length / size**0.5
     return float(sizes.quantile(quantile))
 

@@ -62,12 +62,16 @@ class Diagnosis:
     @property
     def angle(self) -> float:
         """Angle of the task gradient to the safety subspace, in radians; π/2 is a right angle."""
-        return float(torch.tensor(self.figures.overlap, dtype=torch.float64).clamp(max=1).acos())
+        return float(
+            torch.tensor(self.figures.overlap, dtype=torch.float64, device="cpu")
+            .clamp(max=1)
+            .acos()
+        )
 
     @property
     def update_angle(self) -> float:
         """The same for Adam's first update."""
-        overlap = torch.tensor(self.figures.update_overlap, dtype=torch.float64)
+        overlap = torch.tensor(self.figures.update_overlap, dtype=torch.float64, device="cpu")
         return float(overlap.clamp(max=1).acos())
 
     def as_json(self) -> dict[str, Any]:
@@ -151,7 +155,11 @@ def diagnose(
         raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
     chosen = HessianOperator(probe.model, list(task), task_loss, params=params)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(probe), generator=generator)[:examples].sort().values.tolist()
+    drawn = (
+        torch.randperm(len(probe), generator=generator, device="cpu")[:examples]
+        .sort()
+        .values.tolist()
+    )
     k = min(_RANK, len(drawn) // 2) if rank is None else rank
     if not 1 <= k < len(drawn):
         raise ValueError(

@@ -38,5 +38,5 @@ def adam_rise(evidence: Evidence, learning_rate: float, steps: float) -> float:
     window = Window(
         along.unsqueeze(1), losses, evidence.response_tokens, torch.full_like(losses, torch.nan)
     )
-    moved = window.moved(torch.tensor([-learning_rate * steps], dtype=torch.float64))
+    moved = window.moved(torch.tensor([-learning_rate * steps], dtype=torch.float64, device="cpu"))
     return float((moved.losses - losses).mean())

@@ -147,7 +147,7 @@ def measure(
         update = first_adam_update(gradient)
         updates.append(along(rows, update))
         update_norms.append(_norm(update))
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    shares = torch.tensor(weights, dtype=torch.float64, device="cpu") / sum(weights)
     stacked = [torch.stack(parts) for parts in zip(*gradients, strict=True)]
     gradients.clear()
     bent, total_bending = [], [torch.zeros_like(part[0]) for part in stacked]
@@ -170,15 +170,16 @@ def measure(
         safety_losses=losses.double().cpu(),
         response_tokens=probe.response_tokens(examples),
         weights=shares,
-        task_losses=torch.tensor(task_losses, dtype=torch.float64),
+        task_losses=torch.tensor(task_losses, dtype=torch.float64, device="cpu"),
         gradient=torch.stack(inside, dim=1),
         gradient_products=inner_products(stacked, stacked).cpu(),
         gradient_energy=torch.tensor(
             [_norm([torch.tensordot(shares.to(part), part, dims=1)]) ** 2 for part in stacked],
             dtype=torch.float64,
+            device="cpu",
         ),
         update=torch.stack(updates, dim=1),
-        update_norms=torch.tensor(update_norms, dtype=torch.float64),
+        update_norms=torch.tensor(update_norms, dtype=torch.float64, device="cpu"),
         bending=torch.stack(bent, dim=1),
         bending_norm=_norm(total_bending),
         products=kind,

@@ -116,7 +116,7 @@ def overlap_scores(
             update = given.get(name)
             if update is None:
                 update = torch.zeros_like(change)
-                rows.add_into(index, update, torch.full((len(rows),), 1 / len(rows)))
+                rows.add_into(index, update, torch.full((len(rows),), 1 / len(rows), device="cpu"))
             target, strengths, _ = torch.linalg.svd(update.to(change), full_matrices=False)
             r = min(modes, _rank(sizes, change), _rank(strengths, change))
             if r:
@@ -152,6 +152,6 @@ def _turned(
     sizes: Tensor, left: torch.Size, right: torch.Size, generator: torch.Generator
 ) -> Tensor:
     """A matrix with given singular values and random singular vectors."""
-    u = torch.linalg.qr(torch.randn(left, generator=generator).to(sizes))[0]
-    v = torch.linalg.qr(torch.randn(right[::-1], generator=generator).to(sizes))[0]
+    u = torch.linalg.qr(torch.randn(left, generator=generator, device="cpu").to(sizes))[0]
+    v = torch.linalg.qr(torch.randn(right[::-1], generator=generator, device="cpu").to(sizes))[0]
     return (u * sizes) @ v.T

@@ -133,7 +133,7 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         model,
         tokenizer,
         SafetyProbe(model, safety, held=held),
-        [{name: torch.tensor([ids]) for name, ids in row.items()} for row in task],
+        [{name: torch.tensor([ids], device="cpu") for name, ids in row.items()} for row in task],
         reference,
         is_adapter,
     )

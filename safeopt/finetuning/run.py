@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safeopt.finetuning.prepare import Prepared
 from safeopt.finetuning.report import REPORT, read_report, run_report
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
 from safeopt.safety_examples import alignment_loss
+from safeopt.timing import clock
 
 _CURVES = "curves.png"
 
@@ -112,14 +112,14 @@ def run(
     )
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, nobody prints
     write_json(report_path, run_report(prepared, trainer, False, earlier))
-    began = time.perf_counter()
+    began = clock()
     trainer.train(resume_from_checkpoint=prepared.checkpoint)
     finished = not watcher.stopped
     folder = out / RESULT[config.full]
     if finished:
         trainer.save_model(str(folder))
         prepared.inputs.tokenizer.save_pretrained(str(folder))
-    seconds = earlier + time.perf_counter() - began
+    seconds = earlier + clock() - began
     report = run_report(prepared, trainer, finished, seconds)
     report["alignment_loss"]["end"] = alignment_loss(prepared.inputs.probe)
     write_json(report_path, report)
@@ -176,7 +176,7 @@ class _Watcher(TrainerCallback):
         self._task_loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
+        self._began = clock()
         self._safety_before = self.prepared.inputs.probe.passes.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -201,6 +201,6 @@ class _Watcher(TrainerCallback):
                 state.max_steps,
                 self._task_loss,
                 safety_figures(safety_of(unwrapped(optimizer))) if protected else {},
-                safety_seconds / (time.perf_counter() - self._began),
+                safety_seconds / (clock() - self._began),
             )
         )

@@ -79,7 +79,9 @@ class ExampleRota:
         order = _permutation(len(probe), seed)
         self.trial, self._pool = order[:trial_examples], order[trial_examples:]
         self.held = [len(probe) + i for i in _permutation(probe.held_count, seed)[:most_held]]
-        self.held_targets = torch.full((len(self.held),), math.nan, dtype=torch.float64)
+        self.held_targets = torch.full(
+            (len(self.held),), math.nan, dtype=torch.float64, device="cpu"
+        )
         self.drawn = 0
         self.held_drawn = 0
 
@@ -118,7 +120,7 @@ class ExampleRota:
 
     def targets(self, look: Look) -> Tensor:
         """Targets of a look's examples, shape ``(q,)``, float64: nan for safety examples."""
-        unbound = torch.full((len(look.safety),), math.nan, dtype=torch.float64)
+        unbound = torch.full((len(look.safety),), math.nan, dtype=torch.float64, device="cpu")
         return torch.cat([unbound, self.held_targets[look.held]])
 
     def advance(self, look: Look) -> None:
@@ -134,4 +136,4 @@ def _turn(items: Sequence[int], position: int, count: int) -> list[int]:
 
 def _permutation(count: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator, device="cpu").tolist()

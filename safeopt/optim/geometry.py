@@ -102,9 +102,11 @@ class SafetyGeometry:
         self._checked = 0  # the step at which `restore` last ran to its end
         self._reference_odds: float | None = None  # the highest log-odds of the same examples
         self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
-        self._position = torch.zeros(0, dtype=torch.float64)  # c after the last step
+        self._position = torch.zeros(0, dtype=torch.float64, device="cpu")  # c after the last step
         self._first_drift: Tensor | None = None
-        self._taken_back = torch.zeros(0, dtype=torch.float64)  # Σ (c − c⁺) since the last refresh
+        self._taken_back = torch.zeros(
+            0, dtype=torch.float64, device="cpu"
+        )  # Σ (c − c⁺) since the last refresh
         self._last_gradient: Tensor | None = None
 
     @property

@@ -148,7 +148,7 @@ def _decoded(name: str, text: str) -> Any:
     def tensor(entry: dict[str, Any]) -> Any:
         if set(entry) != {"dtype", "shape", "values"}:
             return entry
-        values = torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"]))
+        values = torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"]), device="cpu")
         return values.reshape(entry["shape"])
 
     try:

@@ -217,7 +217,9 @@ class _Task:
         total = len(self.probe)
         if total < 2:
             raise ValueError(f"task: {total} example; one to steer and one to measure are needed")
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(
+            total, generator=torch.Generator().manual_seed(seed), device="cpu"
+        ).tolist()
         measured = max(1, min(_MOST_MEASURED, int(_MEASURED * total)))
         self._measured, self._steering = order[:measured], order[measured:]
         self._count = min(count, len(self._steering))

@@ -140,7 +140,7 @@ class FactoredWindow:
     def directions(self, mix: Tensor) -> tuple[FactoredBasis, Tensor]:
         """Directions M·G, orthonormalised; all of them are kept."""
         mix = whitening(mix @ self._products @ mix.T) @ mix
-        return FactoredBasis(self._rows, self._products, mix), torch.arange(len(mix))
+        return FactoredBasis(self._rows, self._products, mix), torch.arange(len(mix), device="cpu")
 
     def coordinates(self, basis: FactoredBasis) -> Tensor:
         """The gradients in a basis made by `directions`, shape ``(w, k)``, float64."""

@@ -180,7 +180,9 @@ class Int8Basis:
             ),
             torch.zeros(len(left), len(left), dtype=torch.float64, device=left.device),
         )
-        return Int8Basis(blocks, whitening(products), self.dtypes), torch.arange(len(left))
+        return Int8Basis(blocks, whitening(products), self.dtypes), torch.arange(
+            len(left), device="cpu"
+        )
 
 
 def quantised(values: Tensor) -> Quantised:

@@ -127,8 +127,8 @@ def _extended(
         lengths = a.norm(dim=1) * share
         if left_factor.dim() == 1:
             tokens, place = torch.unique(left_factor, return_inverse=True)
-            weight = torch.zeros(len(tokens)).to(a).index_add_(0, place, lengths * lengths)
-            b = torch.zeros(len(block.left), len(tokens)).to(a)
+            weight = a.new_zeros(len(tokens)).index_add_(0, place, lengths * lengths)
+            b = a.new_zeros(len(block.left), len(tokens))
             b[tokens, torch.arange(len(tokens), device=b.device)] = weight.sqrt()
             columns[0].append(b)
             columns[1].append((a * share.unsqueeze(1)).T)

@@ -202,7 +202,7 @@ class CurvatureOperator(ABC, Generic[PartT]):
                 f"to_dense: {self.size} parameters need {8 * self.size**2 / 1e9:.0f} GB; "
                 "choose fewer with params=, or use matmat"
             )
-        eye = torch.eye(self.size, dtype=self.dtype)
+        eye = torch.eye(self.size, dtype=self.dtype, device="cpu")
         sizes = [p.numel() for p in self.params]
         blocks = [
             part.reshape(-1, *p.shape).to(p.device)

@@ -119,7 +119,8 @@ class FisherOperator(CurvatureOperator[_Rows]):
             )
         if not self.objective.has_targets(batch):
             zeros = [
-                torch.zeros(count, *p.shape, dtype=row_dtype(p)).to(p.device) for p in self.params
+                torch.zeros(count, *p.shape, dtype=row_dtype(p), device=p.device)
+                for p in self.params
             ]
             return _Rows(zeros, self.objective.weight(batch, batch["labels"][:, 0]))
         function = self.objective.losses

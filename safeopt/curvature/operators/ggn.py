@@ -80,7 +80,7 @@ class _Predictions:
         self.weight = 0.0
         self._objective = objective
         self._batch = batch
-        self._token_weights = torch.empty(0)
+        self._token_weights = torch.empty(0, device="cpu")
 
     def __call__(self, model: nn.Module) -> Tensor:
         log_probs, targets = response_log_probs(model, self._batch)
