@@ -72,7 +72,9 @@ def test_operators_and_solvers(kind):
         dense = operator.to_dense().double()
         expected = float(torch.linalg.eigvalsh(dense).abs().max())
         for solve in (lanczos, block_krylov):
-            assert float(solve(operator, 2).eigenvalues.abs()[0]) == pytest.approx(expected, rel=1e-3)
+            assert float(solve(operator, 2).eigenvalues.abs()[0]) == pytest.approx(
+                expected, rel=1e-3
+            )
         assert hutch_pp(operator, 6).products == 6
         assert len(spectral_density(operator, steps=4, vectors=2).nodes) == 2
 

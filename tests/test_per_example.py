@@ -10,6 +10,7 @@ from test_krylov import rounded_products
 from tiny_models import VOCAB, safety_batch, single, tiny_gpt2, tiny_llama, trainable, with_lora
 from tolerances import GRADIENT, relative_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from safeopt import SafetyProbe, refusal_nll
 from safeopt.curvature.basis import inner_products
@@ -284,6 +285,70 @@ def test_unused_parameters_have_zero_rows():
     rows, _ = check(model, safety_batch(), passes=1)
     unused = [p is model.middle.unused for p in trainable(model)].index(True)
     assert not rows[unused].any()
+
+
+class Branching(nn.Module):
+    """A layer that looks at the data, which `torch.func.vmap` refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return x * self.weight if bool(x.isfinite().all()) else x
+
+
+@pytest.mark.parametrize(
+    ("middle", "replays"),
+    [(nn.LayerNorm(8), 1), (nn.RMSNorm(8), 1), (Branching(), 5)],
+    ids=["LayerNorm", "RMSNorm", "branching"],
+)
+def test_other_layers_are_replayed_once_where_that_is_possible(middle, replays):
+    """One call in the pass, one for all examples, or after that is refused one for each."""
+    model, calls = Toy(middle).double(), []
+    check(model, safety_batch(), passes=1)
+    probe = SafetyProbe(model, [safety_batch()])
+    model.middle.register_forward_hook(lambda *args: calls.append(args[1][0].shape))
+    probe.per_example(trainable(model))
+    assert len(calls) == 1 + replays
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that are read from a tensor: a GPU is waited for at each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_numbers_read_do_not_grow_with_the_layers():
+    counts = []
+    for layers in (1, 4):
+        model = with_lora(tiny_llama(layers=layers))
+        probe, params = SafetyProbe(model, [safety_batch()]), trainable(model)
+        with Reads() as reads:
+            probe.per_example(params)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_many_small_blocks_are_multiplied_together():
+    """Their inner products are those of the whole, in any mixture of sizes and dtypes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (), (40, 500), (700, 600), (0, 4), (2, 3)]
+    dtypes = [torch.float32, torch.float32, torch.float64, torch.float32, torch.float32]
+    blocks = [
+        torch.randn(5, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape, dtype in zip(shapes, [*dtypes, torch.float32], strict=True)
+    ]
+    whole = torch.cat([block.double().reshape(5, -1) for block in blocks], dim=1)
+    assert relative_error(inner_products(blocks, blocks), whole @ whole.T) < 1e-6
+    others = [block[:2].clone() for block in blocks]
+    assert relative_error(inner_products(blocks, others), whole @ whole[:2].T) < 1e-6
 
 
 class Opaque(nn.Module):
