@@ -63,12 +63,13 @@ def read_examples(path: str | Path, *, need_response: bool = True) -> list[ChatE
         need_response: refuse examples that end with the user's message.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, or it is a folder or a pipe.
         ValueError: if it holds no example, or a line is malformed; the message names the line.
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; expected JSON lines ({_FORMS})")
+        what = "it is no regular file" if file.exists() else "there is no such file"
+        raise FileNotFoundError(f"{path}: {what}; expected JSON lines ({_FORMS})")
     examples = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -231,9 +232,13 @@ def safety_batches(
         encode(tokenizer, ChatExample(({"role": "user", "content": prompt},)).answered(response))
         for prompt, response in zip(prompts, responses, strict=True)
     ]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    starts = range(0, len(rows), batch_size)
-    return [collate(rows[start : start + batch_size], pad_id, side="left") for start in starts]
+    pad, starts = pad_id(tokenizer), range(0, len(rows), batch_size)
+    return [collate(rows[start : start + batch_size], pad, side="left") for start in starts]
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token to pad with: masked and without a label, so that any does where there is none."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def _appended(tokenizer: Any, example: ChatExample, text: str) -> tuple[list[int], int]:

@@ -45,6 +45,7 @@ class FactoredRows:
         dense: for other parameters, by their indices, rows ``(m, *p.shape)``. A parameter that has
             neither these nor factors has no gradient.
         scale: a factor for each example, shape ``(m,)``, float64.
+        devices: of the parameters; all on that of ``scale`` by default.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class FactoredRows:
         sites: Sequence[Factors],
         dense: Mapping[int, Tensor],
         scale: Tensor,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.shapes = list(shapes)
         self.dtypes = list(dtypes)
@@ -65,6 +67,7 @@ class FactoredRows:
                 self._sites_of.setdefault(index, []).append(site)
         self.scale = scale
         self.device = scale.device
+        self.devices = [self.device] * len(self.shapes) if devices is None else list(devices)
 
     def __len__(self) -> int:
         """Number of rows m."""
@@ -83,9 +86,7 @@ class FactoredRows:
     def select(self, examples: Sequence[int]) -> FactoredRows:
         """Some of the rows, in the order of ``examples``."""
         chosen = list(examples)
-        return FactoredRows(
-            self.shapes,
-            self.dtypes,
+        return self._with(
             [site.select(chosen) for site in self.sites],
             {i: rows[chosen] for i, rows in self.dense.items()},
             self.scale[chosen],
@@ -94,7 +95,7 @@ class FactoredRows:
     def scaled(self, factors: Tensor) -> FactoredRows:
         """The rows times ``factors (m,)``; nothing is copied."""
         scale = self.scale * factors.to(self.scale)
-        return FactoredRows(self.shapes, self.dtypes, self.sites, self.dense, scale)
+        return self._with(self.sites, self.dense, scale)
 
     def stored_as(self, dtype: torch.dtype) -> FactoredRows:
         """The rows with their factors rounded to ``dtype``, to save memory."""
@@ -107,7 +108,7 @@ class FactoredRows:
             )
             for site in self.sites
         ]
-        return FactoredRows(self.shapes, self.dtypes, sites, self.dense, self.scale)
+        return self._with(sites, self.dense, self.scale)
 
     def noise(self, generator: torch.Generator) -> FactoredRows:
         """Rows made of standard normal factors of the same shapes."""
@@ -127,19 +128,18 @@ class FactoredRows:
             for site in self.sites
         ]
         dense = {i: drawn(rows) for i, rows in self.dense.items()}
-        return FactoredRows(self.shapes, self.dtypes, sites, dense, torch.ones_like(self.scale))
+        return self._with(sites, dense, torch.ones_like(self.scale))
 
     def with_dense(self, rows: Mapping[int, Tensor]) -> FactoredRows:
         """The same gradients but for some parameters, whose rows ``(m, *p.shape)`` are given."""
         dense = {**self.dense, **rows}
         sites = [without(site, dense) for site in self.sites]
-        return FactoredRows(
-            self.shapes, self.dtypes, [s for s in sites if s.left], dense, self.scale
-        )
+        return self._with([s for s in sites if s.left], dense, self.scale)
 
     def summed(self, index: int) -> Tensor:
         """The sum of a parameter's rows, of its shape."""
-        total = torch.zeros(self.shapes[index], dtype=self.dtypes[index], device=self.device)
+        device = self.devices[index]
+        total = torch.zeros(self.shapes[index], dtype=self.dtypes[index], device=device)
         self.add_into(index, total, torch.ones(len(self), device=self.device))
         return total
 
@@ -147,7 +147,7 @@ class FactoredRows:
         """The length of a parameter's rows, as if nothing cancelled within an example."""
         if index in self.dense:
             return torch.linalg.vector_norm(self.dense[index])
-        total = torch.zeros((), dtype=self.dtypes[index], device=self.device)
+        total = torch.zeros((), dtype=self.dtypes[index], device=self.devices[index])
         for site in self._sites_of.get(index, []):
             left, lengths = site.left[index], site.right.norm(dim=1)[site.places]
             if left.dim() == 2:
@@ -159,7 +159,7 @@ class FactoredRows:
         """All rows of this object and then all of ``other``'s."""
         sites = [joined(pair, (len(self), len(other))) for pair in _aligned(self, other)]
         scale = torch.cat([self.scale, other.scale])
-        rows = FactoredRows(self.shapes, self.dtypes, sites, {}, scale)
+        rows = self._with(sites, {}, scale)
         both = sorted({*self.dense, *other.dense})
         return rows.with_dense({i: torch.cat([self.unscaled(i), other.unscaled(i)]) for i in both})
 
@@ -201,13 +201,13 @@ class FactoredRows:
             return self.dense[index]
         if index not in self._sites_of:
             shape = (len(self), *self.shapes[index])
-            return torch.zeros(shape, dtype=self.dtypes[index], device=self.device)
+            return torch.zeros(shape, dtype=self.dtypes[index], device=self.devices[index])
         return self._matrices(index, 0, self.shapes[index][0])
 
     def _matrices(self, index: int, low: int, high: int) -> Tensor:
         """Rows ``low`` to ``high`` of each example's gradient of a weight with factors."""
         dtype, width = self.dtypes[index], self.shapes[index][1]
-        out = torch.zeros(len(self), high - low, width, dtype=dtype, device=self.device)
+        out = torch.zeros(len(self), high - low, width, dtype=dtype, device=self.devices[index])
         for site in self._sites_of.get(index, []):
             lefts = site.left[index].split(list(site.counts))
             rights = site.right[site.places].split(list(site.counts))
@@ -234,8 +234,9 @@ class FactoredRows:
         direction = direction.detach().to(dtype)
         if index in self.dense:
             row = direction.reshape(1, -1)
-            return self.scale * flat_products(as_matrix(self.dense[index]), row).squeeze(1)
-        total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+            products = flat_products(as_matrix(self.dense[index]), row).squeeze(1)
+            return self.scale * products.to(self.device)
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.devices[index])
         for site in self._sites_of.get(index, []):
             right, step = site.right.to(dtype), max(1, _TEMPORARY // sum(self.shapes[index]))
             with exact_products(right.device):
@@ -249,7 +250,7 @@ class FactoredRows:
                     else (left.to(dtype), moved[places])
                 )
                 total.index_add_(0, site.owners[part], (pair[0] * pair[1]).sum(1).double())
-        return self.scale * total
+        return self.scale * total.to(self.device)
 
     def add_into(self, index: int, tensor: Tensor, weights: Tensor) -> None:
         """Add Σ_i weights_i g_i's part of one parameter to ``tensor``, in place.
@@ -261,7 +262,7 @@ class FactoredRows:
 
         Cost: a forward pass of the kept tokens through that layer.
         """
-        weights = weights.to(self.scale) * self.scale
+        weights = (weights.to(self.scale) * self.scale).to(self.devices[index])
         dtype = self.dtypes[index]
         if index in self.dense:
             rows = self.dense[index]
@@ -290,7 +291,7 @@ class FactoredRows:
     def compact(self) -> FactoredRows:
         """The same rows with inputs that agree to rounding kept once."""
         sites = [site.compact() for site in self.sites]
-        return FactoredRows(self.shapes, self.dtypes, sites, self.dense, self.scale)
+        return self._with(sites, self.dense, self.scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; the tensors are the object's own."""
@@ -304,7 +305,7 @@ class FactoredRows:
         Raises:
             ValueError: if they do not fit the parameters.
         """
-        count, device = len(state["scale"]), params[0].device
+        count, devices = len(state["scale"]), [p.device for p in params]
         sites = []
         for right, left, counts, places in state["sites"]:
             whole = len(counts) == count and all(isinstance(n, int) for n in counts)
@@ -317,14 +318,21 @@ class FactoredRows:
                 fits = tuple(x.shape) == expected and tuple(shape[1:]) == tuple(right.shape[1:])
                 if not fits:
                     raise ValueError(f"the factors of parameter {index} do not fit the parameters")
+            device = devices[next(iter(left))]
             moved = {i: x.to(device) for i, x in left.items()}
             sites.append(Factors(right.to(device), moved, counts, places.to(device)))
         for index, rows in state["dense"].items():
             if index >= len(params) or rows.shape != (count, *params[index].shape):
                 raise ValueError(f"the rows of parameter {index} do not fit the parameters")
-        dense = {i: rows.to(device) for i, rows in state["dense"].items()}
+        dense = {i: rows.to(devices[i]) for i, rows in state["dense"].items()}
         shapes, dtypes = [p.shape for p in params], [row_dtype(p) for p in params]
-        return cls(shapes, dtypes, sites, dense, state["scale"].to(device))
+        return cls(shapes, dtypes, sites, dense, state["scale"].to(devices[0]), devices)
+
+    def _with(
+        self, sites: Sequence[Factors], dense: Mapping[int, Tensor], scale: Tensor
+    ) -> FactoredRows:
+        """Other rows over the same parameters."""
+        return FactoredRows(self.shapes, self.dtypes, sites, dense, scale, self.devices)
 
     def _by_tokens(self, other: FactoredRows, index: int) -> bool:
         """Whether inner products over tokens are cheaper than over the weight's entries."""
@@ -338,14 +346,14 @@ class FactoredRows:
     def _token_products(
         self, other: FactoredRows, index: int, known: dict[tuple[int, int], Tensor]
     ) -> Tensor:
-        total = torch.zeros(len(self), len(other), dtype=torch.float64, device=self.device)
-        dtype = self.dtypes[index]
+        device, dtype = self.devices[index], self.dtypes[index]
+        total = torch.zeros(len(self), len(other), dtype=torch.float64, device=device)
         for mine in self._sites_of.get(index, []):
             for theirs in other._sites_of.get(index, []):
                 pair = (id(mine), id(theirs))
                 if pair not in known:  # layers with the same input share it
                     known.clear()
-                    with exact_products(self.device):
+                    with exact_products(device):
                         known[pair] = mine.right.to(dtype) @ theirs.right.to(dtype).T
                 products = _left_products(mine.left[index], theirs.left[index], dtype)
                 inputs = known[pair][mine.places][:, theirs.places]
@@ -353,7 +361,8 @@ class FactoredRows:
         return total
 
     def _matrix_products(self, other: FactoredRows, index: int) -> Tensor:
-        total = torch.zeros(len(self), len(other), dtype=torch.float64, device=self.device)
+        device = self.devices[index]
+        total = torch.zeros(len(self), len(other), dtype=torch.float64, device=device)
         height, width = self.shapes[index]
         step = max(1, _TEMPORARY // ((len(self) + len(other)) * width))
         for low in range(0, height, step):

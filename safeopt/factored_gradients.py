@@ -117,8 +117,14 @@ class _FactoredRecorder(Recorder):
         while self._embedding_sites:
             index, tokens, b = self._embedding_sites.pop()
             sites.append(_kept(b, {index: tokens}, [b], dtype))
-        shapes = [p.shape for p in self._params]
-        rows = FactoredRows(shapes, [row_dtype(p) for p in self._params], sites, {}, self._ones())
+        rows = FactoredRows(
+            [p.shape for p in self._params],
+            [row_dtype(p) for p in self._params],
+            sites,
+            {},
+            self._ones(),
+            [p.device for p in self._params],
+        )
         return rows.with_dense({i: row + rows.unscaled(i) for i, row in self._rows.items()})
 
     def _ones(self) -> Tensor:
@@ -131,17 +137,18 @@ class _FactoredRecorder(Recorder):
     def _linear(self, own: dict[str, int], a: Tensor, b: Tensor) -> None:
         b = b.reshape(self.examples, -1, b.shape[-1])
         if "weight" in own:
-            place = (a.data_ptr(), a.shape, a.stride(), a.dtype)
+            place = (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device, b.device)
             uses = self._linear_sites.setdefault(place, [])
             if not uses or own["weight"] in uses[-1][1]:
-                uses.append((a.detach().reshape(self.examples, -1, a.shape[-1]), {}))
+                inputs = a.detach().reshape(self.examples, -1, a.shape[-1])
+                uses.append((inputs.to(b.device), {}))
             uses[-1][1][own["weight"]] = b
         if "bias" in own:
             self.row(own["bias"]).add_(b.sum(1))
 
     def _embedding(self, module: nn.Embedding, index: int, tokens: Tensor, b: Tensor) -> None:
         b = b.reshape(self.examples, -1, b.shape[-1])
-        tokens = tokens.reshape(self.examples, -1)
+        tokens = tokens.reshape(self.examples, -1).to(b.device)
         if module.padding_idx is not None:
             b = b * (tokens != module.padding_idx).unsqueeze(-1)
         self._embedding_sites.append((index, tokens, b))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,11 +45,12 @@ class Factors:
         kinds = [(index, left.dim()) for index, left in self.left.items()]
         return (*kinds, self.right.shape[1])
 
-    @property
+    @cached_property
     def owners(self) -> Tensor:
-        """The example of each token, shape ``(T,)``, int64."""
+        """The example of each token, shape ``(T,)``, int64; kept, as every step asks for it."""
         counts = torch.tensor(self.counts, device=self.right.device)
-        return torch.repeat_interleave(counts)
+        # Without its length a GPU would be waited for.
+        return torch.repeat_interleave(counts, output_size=len(self.places))
 
     def select(self, examples: Sequence[int]) -> Factors:
         """The tokens of some examples, in their order."""

@@ -37,6 +37,20 @@ def trainability_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Outside, the module and those inside of it have the attributes and buffers that they had."""
+    before = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in before:
+            for name in set(vars(part)) - set(attributes):
+                del vars(part)[name]
+            vars(part).update(attributes)
+            part._buffers.update(buffers)
+
+
+@contextmanager
 def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]:
     """Evaluation mode and a fixed random seed inside; everything as before outside.
 
@@ -70,7 +84,11 @@ def untouched(model: nn.Module, *, checkpointing: bool = True) -> Iterator[None]
     eager = getattr(torch.compiler, "set_stance", lambda stance: nullcontext())("force_eager")
     try:
         with eager, torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)  # equal passes give equal products, whatever the model draws
+            # Equal passes give equal products, whatever the model draws. `torch.manual_seed` would
+            # also seed what is not put back, such as a GPU that is first used later.
+            torch.default_generator.manual_seed(0)
+            if devices:
+                torch.cuda.manual_seed_all(0)
             if training_now:
                 model.eval()
             for module, training in modes:

@@ -177,7 +177,8 @@ def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     targets = labels[:, -keep:]
     if mask is not None:  # a short row's first token follows padding: it does not count either
         targets = targets.masked_fill(mask[:, -(keep + 1) : -1] == 0, IGNORE)
-    return logits.to(dtype).log_softmax(-1), targets
+    # A model whose layers lie on several devices may leave its logits on another one.
+    return logits.to(dtype).log_softmax(-1), targets.to(logits.device)
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_LONGEST = 200  # characters of an error: PEFT names every weight that is missing
 
 
 def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -17,7 +20,8 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
         dtype: of the parameters.
 
     Returns:
-        The model, in evaluation mode on the CPU, and the tokenizer, which has a padding token.
+        The model, in evaluation mode on the CPU, and the tokenizer. It pads with its end token
+        where it has no token for that, or one that the model does not know.
 
     Raises:
         FileNotFoundError: if a ``.gguf`` file does not exist.
@@ -59,16 +63,70 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
         _check_complete(model, set(found["missing_keys"]))
     except SafetensorError as error:
         raise damaged_weights(f"model={name_or_path}", error) from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a configuration that is wrong can end in any of them
         raise ValueError(
             f"model={name_or_path}: expected the folder, the hub name or the .gguf file of a "
-            f"causal language model ({str(error).strip().splitlines()[0]})"
+            f"causal language model ({cause_of(error)})"
         ) from error
     if where:
         _forget_quantisation(model)
-    if tokenizer.pad_token_id is None:
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= _known_tokens(model):
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def check_readable(model: Any, rows: Iterable[Sequence[int]], given: str, room: int = 0) -> None:
+    """Refuse tokens and positions that a model has no embeddings for.
+
+    By itself it would end in an IndexError, and on a GPU in an assertion that ends the process.
+
+    Args:
+        model: a causal language model of transformers, with or without adapters.
+        rows: token ids of texts.
+        given: what they are, for the error.
+        room: tokens that will follow each.
+
+    Raises:
+        ValueError: if a token is none of the model's, or a text is longer than its table of
+            positions.
+    """
+    known, positions = _known_tokens(model), _positions(model)
+    for row in rows:
+        highest, length = max(row), len(row) + room
+        if highest >= known:
+            raise ValueError(
+                f"{given} has the token {highest}, and the model knows tokens below {known} only; "
+                "give the tokenizer that belongs to it, or resize its embeddings"
+            )
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"{given} takes {length} tokens, and the model has {positions} positions; give a "
+                "shorter one, or for training data a smaller max_length"
+            )
+
+
+def _known_tokens(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions a model with a table of them has; computed ones have no end."""
+    positions: Any = getattr(model.config, "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+    # OPT's table has two rows more.
+    found = positions and any(0 <= m.num_embeddings - positions <= 2 for m in tables)
+    return int(positions) if found else None
+
+
+def cause_of(error: Exception) -> str:
+    """The first line of a library's error, with the next where it only introduces that."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    first, *others = [line.strip() for line in str(error).strip().splitlines()] or [repr(error)]
+    cause = f"{first} {others[0]}" if others and first.endswith(":") else first
+    return textwrap.shorten(cause, _LONGEST, placeholder=" …")
 
 
 def damaged_weights(given: str, error: Exception) -> ValueError:

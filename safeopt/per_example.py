@@ -5,8 +5,9 @@ inside a module, so each one's gradient can be read off locally:
 
 - linear layer (LoRA's two factors are linear layers): ``∂ℓ_i/∂W = Σ_t b_it a_itᵀ``;
 - embedding: row ``v`` is ``Σ_{t: token_it = v} b_it``;
-- any other module with parameters of its own (norms, GPT-2's transposed linear, …): a
-  vector-Jacobian product of that module alone, for each example.
+- any other module with parameters of its own (norms, GPT-2's transposed linear, …): the
+  vector-Jacobian products of that module alone, of all examples by `torch.func.vmap`, or one after
+  the other where it refuses the module.
 
 The sum over the examples is checked against autograd's total gradient. Parameters where the two
 differ, or whose layer's input and output do not hold one row an example (a layer works on flattened
@@ -27,8 +28,8 @@ hooks run then too; of each gradient a rank keeps its own part. All ranks run th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -37,9 +38,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from safeopt.distributed import ALONE, Layout, Part, local, sharded_gradients
+from safeopt.isolation import attributes_kept
 from safeopt.rows import rounds_products
 from safeopt.rows import row_dtype as row_dtype
 
@@ -164,20 +167,18 @@ class Recorder(AbstractContextManager["Recorder"]):
         wanted = {id(p): index for index, p in enumerate(params) if index not in skip}
         self._owned: dict[nn.Module, dict[str, int]] = {}
         for module in model.modules():
-            own = {
-                name: wanted[id(p)]
-                for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
-                if id(p) in wanted
-            }
+            own = {name: wanted[id(p)] for name, p in _own_parameters(module) if id(p) in wanted}
             if own:
                 self._owned[module] = own
         self._silent = set(self._owned)  # modules that have not been called
+        self._autocast: dict[nn.Module, tuple[bool, torch.dtype]] = {}  # in which they have run
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaying = False
 
     def __enter__(self) -> Recorder:
         for module in self._owned:
             self._handles.append(module.register_forward_hook(self._forward, with_kwargs=True))
+        self._own_hooks = {handle.id for handle in self._handles}
         return self
 
     def __exit__(
@@ -251,6 +252,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         if not isinstance(output, Tensor):
             self.mixed.update(self._owned[module].values())
         elif output.requires_grad:
+            self._autocast[module] = _autocast_state(output.device.type)
             self._watch(output, module, args, kwargs)
 
     def _watch(self, output: Tensor, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -288,7 +290,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             part = self._parts[own["weight"]]
             inputs = part.cut(a, 1) if part is not None and part.dim == 1 else a
             outputs = part.cut(b, 2) if part is not None and part.dim == 0 else b
-            rows.baddbmm_(outputs.transpose(1, 2).to(rows.dtype), inputs.to(rows.dtype))
+            # A layer may fetch its input from another device, behind the hooks.
+            inputs = inputs.to(rows.device, rows.dtype)
+            rows.baddbmm_(outputs.transpose(1, 2).to(rows.dtype), inputs)
         if "bias" in own:
             self.row(own["bias"]).add_(self._own(own["bias"], b.sum(1), leading=1))
 
@@ -300,7 +304,7 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _embedding(self, module: Any, index: int, tokens: Tensor, b: Tensor) -> None:
         rows = self.row(index)
         flat_b = b.reshape(self.examples, -1, b.shape[-1]).to(rows.dtype)
-        tokens = tokens.reshape(self.examples, -1)
+        tokens = tokens.reshape(self.examples, -1).to(b.device)
         if module.padding_idx is not None:
             flat_b = flat_b * (tokens != module.padding_idx).unsqueeze(-1)
         part = self._parts[index]
@@ -317,13 +321,30 @@ class Recorder(AbstractContextManager["Recorder"]):
     def _local_products(
         self, module: nn.Module, own: dict[str, int], args: Any, kwargs: Any, b: Tensor
     ) -> None:
-        weights = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+        weights = {name: p.detach() for name, p in _own_parameters(module)}
+        together = not (self._layout.sharded or self._is_hooked(module))
         self._replaying = True  # the replay runs this module's hooks again
         try:
-            if self._layout.sharded or not self._at_once(module, weights, own, args, kwargs, b):
-                self._one_by_one(module, weights, own, args, kwargs, b)
+            # A module may keep what it sees, and the backward pass does not run under the autocast
+            # that a library has put around the model's forward alone.
+            with attributes_kept(module), _autocast(b.device.type, *self._autocast[module]):
+                if not (together and self._at_once(module, weights, own, args, kwargs, b)):
+                    self._one_by_one(module, weights, own, args, kwargs, b)
         finally:
             self._replaying = False
+
+    def _is_hooked(self, module: nn.Module) -> bool:
+        """Whether others' hooks see the replay: they may keep tensors, of which vmap's are void."""
+        return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
+            not set(hooks) <= self._own_hooks
+            for part in module.modules()
+            for hooks in (
+                part._forward_hooks,
+                part._forward_pre_hooks,
+                part._backward_hooks,
+                part._backward_pre_hooks,
+            )
+        )
 
     def _at_once(
         self,
@@ -346,7 +367,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             inputs, named = tree_unflatten(one, structure)
 
             def output(chosen: dict[str, Tensor]) -> Tensor:
-                return functional_call(module, {**weights, **chosen}, inputs, named)
+                return _output(module, {**weights, **chosen}, inputs, named)
 
             pull: Any = vjp(output, {name: weights[name] for name in own})[1]
             return dict(pull(part.unsqueeze(0))[0])
@@ -373,7 +394,7 @@ class Recorder(AbstractContextManager["Recorder"]):
             leaves = {name: weights[name].clone().requires_grad_() for name in own}
             inputs, named = tree_map(partial(self._one, example=example), (args, kwargs))
             with torch.enable_grad():
-                output = functional_call(module, {**weights, **leaves}, inputs, named)
+                output = _output(module, {**weights, **leaves}, inputs, named)
             part = b[example : example + 1]
             if output.shape != part.shape:  # an argument could not be cut down to one example
                 self.mixed.update(own.values())
@@ -391,6 +412,31 @@ class Recorder(AbstractContextManager["Recorder"]):
 
     def _one(self, value: Any, example: int) -> Any:
         return value[example : example + 1].detach() if self._has_rows(value) else value
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters by name, without those of modules inside; one may have two names."""
+    return module.named_parameters(recurse=False, remove_duplicate=False)
+
+
+def _output(module: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
+    """A module's output with other weights; where else these are used, they stay as they are."""
+    output: Tensor = functional_call(module, weights, args, kwargs, tie_weights=False)
+    return output
+
+
+def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on for a type of device, and its dtype."""
+    if not torch.amp.is_autocast_available(device):
+        return False, torch.float32
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _autocast(device: str, enabled: bool, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast as it was when `_autocast_state` was read."""
+    if _autocast_state(device) == (enabled, dtype):
+        return nullcontext()
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
 def _plain_embedding(module: Any) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch import nn
 from safeopt.curvature.bases.compressed import SMALL
 from safeopt.curvature.bases.tucker import STORED
 from safeopt.curvature.refresh import RefreshPolicy
+from safeopt.finetuning.adapter import default_lora
+from safeopt.models import cause_of
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.examples import held_beside
 from safeopt.probe import OPENING
@@ -166,11 +169,10 @@ def plan(
         trained_layers = _sites(plain, assumed, set())
         size, own = dtype.itemsize, 0
     else:
-        targets = {name: x for name, (x, _) in layers.items() if _is_target(config, name)}
-        adapters = [_sides(x) for x in targets.values()]
-        shapes = [s for a, b in adapters for s in (torch.Size((lora, a)), torch.Size((b, lora)))]
-        whole = [False] * len(shapes)
-        trained_layers = _sites(layers, assumed, set(targets), lora)
+        adapters = _adapters(network, lora, model)
+        shapes = [shape for _, shape in adapters]
+        whole = [name not in layers for name, _ in adapters]
+        trained_layers = _sites(layers, assumed, {name for name, _ in adapters}, lora)
         size, own = _FLOAT32, _FLOAT32 * sum(s.numel() for s in shapes)
     trained = sum(shape.numel() for shape in shapes)
     share = 1 / ((3 if lora is None else 2) * assumed.tokens_per_step * total)
@@ -222,11 +224,10 @@ def load_config(model: str) -> Any:
         if path.is_file():
             return AutoConfig.for_model(**json.loads(path.read_text("utf-8")))
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, TypeError) as error:
-        lines = str(error).strip().splitlines()
+    except Exception as error:  # a configuration that is wrong can end in any of them
         raise ValueError(
             f"model={model}: expected one of {', '.join(architectures())}, a config.json, its "
-            f"folder or a hub name ({lines[0] if lines else type(error).__name__})"
+            f"folder or a hub name ({cause_of(error)})"
         ) from error
 
 
@@ -234,15 +235,15 @@ def meta_model(config: Any, name: str) -> nn.Module:
     """The model of a configuration without its weights.
 
     Raises:
-        ValueError: if it is no causal language model.
+        ValueError: if it is no causal language model, or the configuration is wrong.
     """
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             network: nn.Module = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ValueError(f"model={name}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a configuration that is wrong can end in any of them
+        raise ValueError(f"model={name}: {cause_of(error)}") from error
     return network.eval()
 
 
@@ -298,13 +299,26 @@ def _linear_layers(network: nn.Module) -> dict[str, tuple[Any, int]]:
     return found
 
 
-def _is_target(config: Any, name: str) -> bool:
-    """Whether an adapter goes there: PEFT's default, or all layers of models it does not know."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+def _adapters(network: nn.Module, rank: int, name: str) -> list[tuple[str, torch.Size]]:
+    """The matrices of the default adapter, each with the module that it is put on.
 
-    suffix = name.rsplit(".", 1)[-1]
-    targets = KNOWN.get(config.model_type)
-    return suffix != "lm_head" if targets is None else suffix in targets
+    PEFT puts it there: only it knows where, above all in mixtures of experts.
+
+    Raises:
+        ValueError: if it finds no place.
+    """
+    from peft import get_peft_model
+
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            model: Any = get_peft_model(network, default_lora(network, rank, rank))
+    except ValueError as error:
+        raise ValueError(f"model={name}: {cause_of(error)}") from error
+    trained = [
+        (key, p.shape) for key, p in model.get_base_model().named_parameters() if p.requires_grad
+    ]
+    return [(key.split(".lora_")[0], shape) for key, shape in trained]
 
 
 def _sites(

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from safeopt.data import ChatExample, collate, encode, read_examples
+from safeopt.data import ChatExample, collate, encode, pad_id, prompt_ids, read_examples
+from safeopt.models import check_readable
 from safeopt.probe import SafetyProbe
 from safeopt.refusals import generate, is_refusal
 
@@ -46,8 +47,9 @@ def read_safety_batches(
         model, tokenizer, read_examples(safety, need_response=False), str(safety)
     )
     held = [] if harmless is None else read_examples(harmless, need_response=False)
-    refused = answered_alike(held, examples)
-    return as_batches(tokenizer, examples), as_batches(tokenizer, refused)
+    refused = as_batches(tokenizer, answered_alike(held, examples))
+    check_batches(model, refused, f"harmless: a prompt in {harmless} with the refusal")
+    return as_batches(tokenizer, examples), refused
 
 
 def answered_alike(
@@ -72,8 +74,8 @@ def with_refusals(
         source: where they come from, for messages.
 
     Raises:
-        ValueError: if the model refuses too few of the prompts without a response, or one of them
-            is a longer conversation.
+        ValueError: if the model refuses too few of the prompts without a response, one of them is
+            a longer conversation, or the model cannot read an example, see `check_readable`.
     """
     given = [example for example in examples if example.response is not None]
     asked = [example for example in examples if example.response is None]
@@ -83,6 +85,9 @@ def with_refusals(
                 f"safety: a conversation of {len(example.prompt)} messages in {source} has "
                 "no response; give the refusal, or the user's message alone"
             )
+    what = f"safety: a prompt in {source} with its refusal"
+    check_readable(model, [encode(tokenizer, x)["input_ids"] for x in given], what)
+    check_readable(model, [prompt_ids(tokenizer, x.prompt) for x in asked], what, _OWN_TOKENS)
     prompts = [example.prompt[-1]["content"] for example in asked]
     answers = generate(model, tokenizer, prompts, _OWN_TOKENS) if asked else []
     own = [
@@ -144,5 +149,10 @@ def check_likely(probe: SafetyProbe, source: str) -> float:
 
 def as_batches(tokenizer: Any, examples: Sequence[ChatExample]) -> list[dict[str, Tensor]]:
     """One left-padded batch for each example."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad = pad_id(tokenizer)
     return [collate([encode(tokenizer, example)], pad, side="left") for example in examples]
+
+
+def check_batches(model: Any, batches: Sequence[dict[str, Tensor]], given: str) -> None:
+    """`check_readable` for the batches of `as_batches`."""
+    check_readable(model, [batch["input_ids"][0].tolist() for batch in batches], given)

@@ -71,6 +71,8 @@ def test_malformed_lines_are_named(tmp_path, line, words):
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match="it is no regular file"):
+        read_examples(tmp_path)
     with pytest.raises(ValueError, match="is empty"):
         read_examples(write(tmp_path / "empty.jsonl", "", ""))
 

@@ -18,9 +18,10 @@ from test_per_example import (
 from tiny_models import safety_batch, single, tiny_llama, trainable, with_lora
 from tolerances import GRADIENT, relative_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from safeopt import SafetyProbe, refusal_nll
 from safeopt import factored as module
-from safeopt import refusal_nll
 from safeopt.factored import FactoredRows
 from safeopt.factored_gradients import factored_gradients, in_order
 from safeopt.factors import Factors
@@ -289,3 +290,28 @@ def test_state_survives_a_file_and_bad_ones_are_refused():
         FactoredRows.from_state(rows.state_dict(), [torch.zeros(8, 5), *params[1:]])
     with pytest.raises(ValueError, match="rows of parameter 3 do not fit"):
         FactoredRows.from_state(rows.state_dict(), [*params[:3], torch.zeros(5)])
+
+
+class Counts(TorchDispatchMode):
+    """Counts how often the tokens' examples are worked out: a GPU is given numbers each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "repeat_interleave" in function._schema.name
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_tokens_examples_are_worked_out_once():
+    model = with_lora(tiny_llama())
+    _, rows = SafetyProbe(model, [safety_batch()]).factored(trainable(model))
+    counts = []
+    for _ in range(2):
+        with Counts() as counted:
+            for index, p in enumerate(trainable(model)):
+                rows.along(index, p)
+        counts.append(counted.count)
+    assert counts[0] > 0
+    assert counts[1] == 0

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_finetune import arguments, config, files  # the fixture `files` is shared
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from benchmarks import tiny
 from safeopt.cli.app import app
 from safeopt.finetuning.finished import load_finished
 from safeopt.finetuning.prepare import prepare
@@ -91,6 +93,20 @@ def test_starting_again_does_not_remove_the_data(files, tmp_path, name):
         with pytest.raises(ValueError, match=f"{name}={path}: it lies in {folder}, which"):
             prepare(config(files, tmp_path, overwrite=True, **{name: path}))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "curves.png"])
+def test_the_data_is_not_overwritten_by_a_file_of_the_run(files, tmp_path, name):
+    mine = shutil.copy(files / "train.jsonl", tmp_path / name)
+    with pytest.raises(ValueError, match=f"train={mine}: it is {mine}, which the run writes"):
+        prepare(config(files, tmp_path, overwrite=True, train=mine))
+    assert mine.read_bytes() == (files / "train.jsonl").read_bytes()
+
+
+def test_a_link_may_lead_to_a_folder_that_is_not_there_yet(files, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "not" / "yet")
+    run(prepare(config(files, tmp_path / "link", max_steps=1)))
+    assert (tmp_path / "not" / "yet" / "run.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["adapter", "model"])
@@ -239,6 +255,48 @@ def test_a_model_without_chat_template_takes_one_from_a_file(files, tmp_path):
     assert prepared.inputs.refused == (16, 16)
 
 
+def test_a_chat_template_that_cannot_be_read_is_named(files, tmp_path):
+    (tmp_path / "no-text").write_bytes(b"\xff")
+    for name, words in (("no-text", "not UTF-8 text"), (".", "it is no regular file")):
+        path = tmp_path / name
+        with pytest.raises((ValueError, FileNotFoundError), match=f"chat_template={path}: {words}"):
+            prepare(config(files, tmp_path / "out", chat_template=path))
+
+
+def test_a_tokenizer_needs_no_padding_token(files, tmp_path):
+    """Nor an end token that could take its place."""
+    model = shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    safety = [json.loads(line) for line in (files / "safety.jsonl").read_text().splitlines()]
+    data = {
+        "train": [{"prompt": "how " * length, "response": "i"} for length in range(1, 9)],
+        "safety": [line | {"response": tiny.REFUSAL} for line in safety],
+    }
+    for name, lines in data.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    paths = {name: tmp_path / f"{name}.jsonl" for name in data}
+    done = run(prepare(config(files, tmp_path / "out", model=str(model), max_steps=1, **paths)))
+    assert done.finished
+
+
+@pytest.mark.parametrize("name", ["train", "safety", "harmless"])
+def test_tokens_that_the_model_does_not_know_are_refused(files, tmp_path, name):
+    model = shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(model)
+    path = tmp_path / f"{name}.jsonl"
+    line = {"prompt": "unheard", "response": "i"}
+    path.write_text(json.dumps(line), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=f"{name}: .* in {path} .*has the token {len(tokenizer) - 1}"
+    ):
+        prepare(config(files, tmp_path / "out", model=str(model), **{name: path}))
+
+
 def test_a_safety_conversation_needs_its_refusal(files, tmp_path):
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     path = tmp_path / "safety.jsonl"
@@ -266,6 +324,11 @@ def test_the_report_says_what_the_run_did_to_alignment(files, tmp_path):
         (("--train", "[/x].jsonl"), "[/x].jsonl: there is no such file"),
         (("--chat-template", "none.jinja"), "chat_template=none.jinja"),
         (("--out", __file__), "it is a file"),
+        (("--epochs", "inf"), "epochs=inf"),
+        (("--learning-rate", "inf"), "learning_rate=inf"),
+        (("--weight-decay", "inf"), "weight_decay=inf"),
+        (("--seed", "-1"), "seed=-1"),
+        (("--seed", str(2**32)), f"seed={2**32}"),
     ],
 )
 def test_more_wrong_arguments_are_one_sentence(files, tmp_path, change, words):

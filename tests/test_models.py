@@ -8,11 +8,11 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llama, tiny_tokenizer
+from tiny_models import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import T5Config
 
-from safeopt.data import ChatExample, encode
-from safeopt.models import _check_complete, load_causal_lm
+from safeopt.data import ChatExample, encode, pad_id
+from safeopt.models import _check_complete, check_readable, load_causal_lm
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -111,6 +111,47 @@ def test_damaged_weights_are_one_sentence(damage, saved):
         load_causal_lm(str(saved))
     assert str(refused.value).startswith(f"model={saved}: ")
     assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_configuration_is_one_sentence(saved):
+    settings = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    for change in ({"num_attention_heads": 0, "head_dim": None}, {"hidden_act": "none"}):
+        (saved / "config.json").write_text(json.dumps(settings | change), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"model={saved}: expected the folder") as refused:
+            load_causal_lm(str(saved))
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("pad", "end", "kept"),
+    [
+        ("<pad>", "<end>", "<pad>"),
+        (None, "<end>", "<end>"),
+        ("[new]", "<end>", "<end>"),  # the model has no embedding for it
+        (None, None, None),
+        ("[new]", None, None),
+    ],
+)
+def test_a_tokenizer_pads_with_what_the_model_knows(saved, pad, end, kept):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, end
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.save_pretrained(saved)
+    loaded = load_causal_lm(str(saved))[1]
+    assert loaded.pad_token == kept
+    assert pad_id(loaded) == (0 if kept is None else loaded.convert_tokens_to_ids(kept))
+
+
+def test_what_a_model_has_no_embeddings_for_is_refused():
+    llama, gpt2 = tiny_llama(), tiny_gpt2()
+    check_readable(llama, [[VOCAB - 1], [4] * 500], "text")  # its positions are computed
+    check_readable(gpt2, [[4] * 64], "text")
+    with pytest.raises(ValueError, match=f"text has the token {VOCAB}, .* below {VOCAB} only"):
+        check_readable(llama, [[4], [VOCAB]], "text")
+    for length, room in ((65, 0), (33, 32)):
+        with pytest.raises(ValueError, match="text takes 65 tokens, and the model has 64 pos"):
+            check_readable(gpt2, [[4] * length], "text", room)
 
 
 def test_weights_of_other_shapes_are_named(saved):

@@ -84,6 +84,22 @@ def test_half_precision_needs_no_loop():
         check(model, safety_batch(), passes=1, tolerance=GRADIENT[torch.bfloat16])
 
 
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_autocast_around_the_forward_pass_alone(kind):
+    """As Accelerate puts it: layers are run again, to see their gradients, as they have run."""
+    model = tiny_gpt2()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    params, probe = trainable(model), SafetyProbe(model, [safety_batch()])
+    if kind == "dense":
+        rows = probe.per_example(params).rows
+    else:
+        factors = probe.factored(params)[1]
+        rows = [factors.block(index) for index in range(len(params))]
+    assert probe.passes.forward == 1
+    for actual, row in zip(rows, looped_rows(model, params, safety_batch()), strict=True):
+        assert relative_error(actual, row) < GRADIENT[torch.bfloat16]
+
+
 def test_rows_are_float32_for_half_precision():
     model = tiny_llama(dtype=torch.bfloat16)
     rows = SafetyProbe(model, [safety_batch()]).per_example(trainable(model)).rows
@@ -222,7 +238,18 @@ class Padded(nn.Module):
         return self.convolution(y.transpose(1, 2)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("middle", [Pair, Shared, Padded, nn.Identity])
+class Renamed(nn.Module):
+    """One parameter under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.shift = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return x.square() * self.scale + self.shift
+
+
+@pytest.mark.parametrize("middle", [Pair, Shared, Padded, Renamed, nn.Identity])
 def test_unusual_layers_in_one_pass(middle):
     check(Toy(middle()).double(), safety_batch(), passes=1)
 
@@ -307,10 +334,41 @@ def test_other_layers_are_replayed_once_where_that_is_possible(middle, replays):
     """One call in the pass, one for all examples, or after that is refused one for each."""
     model, calls = Toy(middle).double(), []
     check(model, safety_batch(), passes=1)
-    probe = SafetyProbe(model, [safety_batch()])
-    model.middle.register_forward_hook(lambda *args: calls.append(args[1][0].shape))
+    probe, forward = SafetyProbe(model, [safety_batch()]), middle.forward
+    middle.forward = lambda x: (forward(x), calls.append(x.shape))[0]
     probe.per_example(trainable(model))
     assert len(calls) == 1 + replays
+
+
+class Keeps(nn.Module):
+    """A layer that keeps a tensor for inputs of the same shape, and its latest input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+        self.kept = None
+
+    def forward(self, x):
+        if self.kept is None or self.kept.shape != x.shape:
+            self.kept = torch.ones_like(x)
+        self.latest = x
+        return x * self.weight * self.kept
+
+
+def test_what_a_layer_keeps_is_that_of_the_whole_pass():
+    """A replay leaves none of its tensors, of which those of `torch.func.vmap` are void."""
+    model, batch = Toy(Keeps()).double(), safety_batch()
+    check(model, batch, passes=1)
+    SafetyProbe(model, [batch]).per_example(trainable(model))
+    assert len(model.middle.kept) == len(model.middle.latest) == len(batch["input_ids"])
+    assert bool(model(batch["input_ids"][:1]).logits.isfinite().all())
+
+
+def test_hooks_of_others_see_tensors_that_last():
+    model, seen = Toy(nn.LayerNorm(8)).double(), []
+    model.middle.register_forward_hook(lambda *args: seen.append(args[2].detach()))
+    check(model, safety_batch(), passes=1)
+    assert all(bool(output.isfinite().all()) for output in seen)
 
 
 class Reads(TorchDispatchMode):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from test_architectures import built
 from test_factored import factored
-from tiny_models import safety_batch, tiny_gpt2, tiny_llama, trainable, with_lora
+from tiny_models import randomise, safety_batch, tiny_gpt2, tiny_llama, trainable, with_lora
 from typer.testing import CliRunner
 
 from safeopt.cli.app import app
 from safeopt.curvature.bases import empty_basis
 from safeopt.curvature.solvers import gram
+from safeopt.finetuning.adapter import default_lora
 from safeopt.plan import Assumptions, architectures, load_config, meta_model, plan
 
 # Published totals: each weight once, also where the output layer shares the embedding.
@@ -122,6 +123,34 @@ def test_adapters_of_transposed_layers(tmp_path):
     assert plan(name, 4, lora=4).trained == sum(p.numel() for p in trainable(model)) > 0
 
 
+SPARSE = {"num_experts_per_tok": 2, "head_dim": 8}
+ADAPTED = {
+    "mixture": ("Qwen3Moe", SPARSE | {"num_experts": 4, "moe_intermediate_size": 48}),
+    "mixture that PEFT knows": ("Mixtral", SPARSE | {"num_local_experts": 4}),
+    "output layer of another name": ("GPTNeoXJapanese", {}),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_are_where_peft_puts_them(tmp_path, name):
+    from peft import get_peft_model
+
+    architecture, changes = ADAPTED[name]
+    model = built(architecture, hidden_size=48, **changes)
+    path = small(tmp_path, model)
+    model = get_peft_model(model, default_lora(model, 4, 4))
+    randomise(p for key, p in model.named_parameters() if "lora_B" in key)
+    assumed = Assumptions(tokens_per_example=8, response_tokens=3, window=4, side_rank=48)
+    figures = plan(path, 4, lora=4, dtype=torch.float32, assumptions=assumed)
+    assert figures.trained == sum(p.numel() for p in trainable(model)) > 0
+    rows = factored(model, safety_batch((6,) * 4, (3,) * 4))[1]
+    for kind in ("dense", "factored"):
+        empty = empty_basis(kind, trainable(model))
+        none = torch.zeros(0, 0, dtype=torch.float64)
+        real = gram(empty.window(none, rows), 4, torch.float32)[1].nbytes
+        assert 0.6 * figures.bases[kind].nbytes < real <= figures.bases[kind].nbytes
+
+
 def test_shares_and_devices(tmp_path):
     name = small(tmp_path, tiny_llama())
     one, eight = (plan(name, 4, lora=None, world_size=size) for size in (1, 8))
@@ -156,6 +185,15 @@ def test_files_that_are_no_causal_model_are_refused(tmp_path):
     file.write_text('{"model_type": "vit"}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"model=.*[Vv]i[Tt]"):
         plan(str(file))
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"hidden_act": "none"}])
+def test_a_wrong_configuration_is_one_sentence(tmp_path, change):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "llama", **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"model={file}: ") as refused:
+        plan(str(file))
+    assert "\n" not in str(refused.value)
 
 
 def test_the_command_prints_every_figure():

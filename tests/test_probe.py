@@ -98,6 +98,17 @@ def test_leaves_no_trace(ask, loss):
     assert_same(before, snapshot(model))
 
 
+def test_leaves_the_seed_of_a_gpu_that_is_first_used_later(monkeypatch):
+    """torch remembers the last seed for it, and does not put it back."""
+    seeds = []
+    _, probe = restless()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(3)
+    probe.value()
+    assert seeds == [3]
+
+
 @pytest.mark.parametrize("ask", ["value", "gradient", "per_example"])
 def test_leaves_no_trace_when_the_forward_pass_raises(ask):
     model, probe = restless()

@@ -116,6 +116,13 @@ def test_the_card_has_one_section_however_often_it_is_written(tmp_path):
     assert once.startswith("---\nlicense: mit\n---\n# Mine\n\nHand-written.\n\n")
     assert once.count("## Safety curvature") == 1
     assert section(profile) in once
+    for kept in ("---\na: [1\n---\n# No YAML\n", "# No front matter\n"):
+        card.write_text(kept, encoding="utf-8")
+        assert update_card(card, profile).read_text(encoding="utf-8").startswith(kept)
+    card.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=f"{card}: not UTF-8 text"):
+        update_card(card, profile)
+    assert card.read_bytes() == b"\xff"
     fresh = update_card(tmp_path / "new.md", profile).read_text(encoding="utf-8")
     assert fresh.count("## Safety curvature") == 1
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from test_finetune import config, files  # the fixture `files` is shared
+from tiny_models import tiny_llama
 from typer.testing import CliRunner
 
 from benchmarks.tiny import REFUSAL
@@ -65,6 +66,35 @@ def test_a_model_is_repaired(files, forgotten, tmp_path, full):
     assert (out / "model" / "tokenizer_config.json").exists() == full
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"], "no working folder is left"
     assert sorted(path.name for path in out.iterdir()) == [name.split("/")[0], "repair.json"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_models_without_chat_template_take_one_from_a_file(files, forgotten, tmp_path, full):
+    plain = {
+        name: shutil.copytree(folder, tmp_path / name)
+        for name, folder in (("aligned", files / "model"), ("tuned", forgotten[full]))
+    }
+    for folder in plain.values():
+        template = (folder / "chat_template.jinja").rename(tmp_path / "template.jinja")
+    chosen = (*arguments(files, plain["tuned"], tmp_path / "out"), "--refreshes", "1")
+    chosen = (*chosen, "--reference", str(plain["aligned"]))
+    done = invoke(*chosen)
+    assert done.exit_code == 2
+    assert "--chat-template FILE" in done.output
+    done = invoke(*chosen, "--chat-template", str(template))
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "repair.json").read_text())
+    assert report["config"]["chat_template"] == str(template)
+    assert report["alignment_after"] < report["alignment_before"]
+
+
+def test_a_model_with_other_tokens_is_refused(files, tmp_path):
+    tiny_llama(vocab_size=8).save_pretrained(tmp_path / "model")
+    shutil.copy(files / "model" / "tokenizer.json", tmp_path / "model")
+    shutil.copy(files / "model" / "tokenizer_config.json", tmp_path / "model")
+    done = invoke(*arguments(files, tmp_path / "model", tmp_path / "out"))
+    assert done.exit_code == 2
+    assert f"model={tmp_path / 'model'}: a prompt with its refusal has the token" in done.output
 
 
 def test_without_task_data_the_cost_is_said_to_be_unknown(files, forgotten, tmp_path, caplog):
@@ -172,6 +202,7 @@ def test_a_model_that_has_lost_nothing_is_written_as_it_is(files, tmp_path, seed
         (("--refreshes", "0"), "refreshes=0"),
         (("--examples", "0"), "examples=0"),
         (("--max-length", "1"), "max_length=1"),
+        (("--seed", "-1"), "seed=-1"),
         (("--out", __file__), "expected a new or empty folder"),
     ],
 )

@@ -34,7 +34,7 @@ def profile(
         from safeopt.diagnostics.profile_plots import profile_plots
         from safeopt.files import write_json, write_whole
 
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to what is not there
         write_json(folder / "profile.json", result)
         write_whole(folder / "profile.md", section(result) + "\n")
         for name, figure in profile_plots(result, found.report).items():

@@ -29,6 +29,9 @@ def repair(
     harmless: Annotated[
         Path | None, typer.Option(help="JSON lines with prompts that must not be refused.")
     ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file, for models that have no chat template.")
+    ] = None,
     budget: Annotated[
         float, typer.Option(help="Accepted rise of the alignment loss, nats a token.")
     ] = _DEFAULTS.budget,

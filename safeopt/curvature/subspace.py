@@ -101,7 +101,8 @@ def updated_subspace(
         safety losses, its gradient the mean over the window's safety examples, its scale the
         previous one's.
     """
-    fresh = losses.to(torch.float64)
+    # A model whose layers lie on several devices may compute its losses on another one.
+    fresh = losses.to(params[0].device, torch.float64)
     tokens, targets = tokens.to(fresh), targets.to(fresh)
     value = float(fresh[targets.isnan()].mean())
     kept = 0 if previous is None else min(window - len(fresh), len(previous.window))

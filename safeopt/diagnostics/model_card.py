@@ -67,19 +67,22 @@ def update_card(path: Path, profile: dict[str, Any]) -> Path:
 
     Returns:
         The path.
-    """
-    from huggingface_hub import ModelCard
 
+    Raises:
+        ValueError: if the card is no text.
+    """
     library = "transformers" if profile["run"]["full"] else "peft"
     blank = f"---\nlibrary_name: {library}\n---\n"
-    card = ModelCard.load(path) if path.is_file() else ModelCard(blank)
-    text, new = card.text, section(profile)
+    try:
+        text = path.read_bytes().decode("utf-8") if path.is_file() else blank
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+    new = section(profile)
     if _SECTION.search(text):
         text = _SECTION.sub(lambda _: new, text, count=1)
     else:
         text = f"{text.rstrip()}\n\n{new}\n" if text.strip() else f"{new}\n"
-    card.text = text
-    return write_whole(path, str(card))
+    return write_whole(path, text)
 
 
 def _pair(before: dict[str, Any], after: dict[str, Any], key: str) -> tuple[str, str]:

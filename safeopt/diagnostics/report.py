@@ -59,7 +59,7 @@ def write_report(result: Diagnosis, folder: Path, config: dict[str, Any]) -> Pat
     Returns:
         The path of the page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to what is not there
     write_json(folder / DATA, {"config": config, **result.as_json()})
     return write_whole(folder / PAGE, page(result, config))
 

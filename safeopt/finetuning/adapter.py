@@ -1,14 +1,28 @@
-"""An adapter's folder, put onto the model that it was trained on."""
+"""Adapters: the one that a run trains, and a folder put onto the model it was trained on."""
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from typing import Any
 
-from safeopt.models import damaged_weights
+from safeopt.models import cause_of, damaged_weights
 
-_LONGEST = 200  # characters of an error: PEFT names every weight that is missing
+
+def default_lora(model: Any, rank: int, alpha: int) -> Any:
+    """LoRA where PEFT puts it by default, on all linear layers of models it does not know.
+
+    Args:
+        model: the model that gets the adapter.
+        rank: of the adapter.
+        alpha: its scale times its rank.
+    """
+    from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
+
+    # Named, not left to PEFT: before it looks them up it forgets the default of mixtures of
+    # experts, such as Mixtral.
+    targets: Any = KNOWN_TARGETS.get(str(model.config.model_type), "all-linear")
+    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=targets)
 
 
 def load_adapter(base: Any, folder: str, argument: str, *, trainable: bool = False) -> Any:
@@ -37,7 +51,7 @@ def load_adapter(base: Any, folder: str, argument: str, *, trainable: bool = Fal
     except (RuntimeError, ValueError, OSError, KeyError, UserWarning) as error:
         raise ValueError(
             f"{argument}={folder}: the adapter does not fit the reference, the aligned model "
-            f"({_cause(error)}); give the model that it was trained on"
+            f"({cause_of(error)}); give the model that it was trained on"
         ) from error
     return model
 
@@ -50,12 +64,3 @@ def _check_all_used(model: Any, folder: str, trainable: bool) -> None:
     found = model.load_adapter(folder, model.active_adapter, is_trainable=trainable)
     if found.unexpected_keys:
         raise ValueError(f"there is no place in it for {min(found.unexpected_keys)}")
-
-
-def _cause(error: Exception) -> str:
-    """The first line of an error, with the next where it only introduces that."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error}"
-    first, *others = [line.strip() for line in str(error).strip().splitlines()] or [repr(error)]
-    cause = f"{first} {others[0]}" if others and first.endswith(":") else first
-    return textwrap.shorten(cause, _LONGEST, placeholder=" …")

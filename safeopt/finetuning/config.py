@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +68,14 @@ class FinetuneConfig(InputConfig):
         for name in ("warmup_steps", "weight_decay", "budget"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: expected a positive number")
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: expected a positive, finite number"
+                )
+        if self.weight_decay == math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: expected a finite number")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps={self.max_steps}: expected at least 1, or -1 for epochs")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs}: expected a positive number")
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: continue the run or start it again, not both")

@@ -13,6 +13,7 @@ from safeopt.data import read_examples
 from safeopt.diagnostics.profile import Change, adapter_change, full_change
 from safeopt.finetuning.adapter import load_adapter
 from safeopt.finetuning.folders import RESULT
+from safeopt.finetuning.inputs import read_template
 from safeopt.finetuning.report import REPORT, read_report
 from safeopt.models import load_causal_lm
 from safeopt.safety_examples import as_batches, with_refusals
@@ -66,7 +67,7 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
         prompts = random.Random(config["seed"]).sample(prompts, examples)
     model, tokenizer = load_causal_lm(config["model"])
     if config["chat_template"] is not None:
-        tokenizer.chat_template = Path(config["chat_template"]).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(Path(config["chat_template"]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = as_batches(
         tokenizer, with_refusals(model.to(device), tokenizer, prompts, str(source))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 RESULT = {False: "adapter", True: "model"}  # by whether all parameters were trained
+CURVES = "curves.png"
 
 
 def check_folder(out: Path) -> None:

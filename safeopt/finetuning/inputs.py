@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from safeopt.data import collate, encode_all, read_examples
+from safeopt.data import collate, encode_all, pad_id, read_examples
 from safeopt.files import plain
-from safeopt.models import load_causal_lm
+from safeopt.finetuning.adapter import default_lora
+from safeopt.models import check_readable, load_causal_lm
 from safeopt.probe import SafetyProbe
 from safeopt.safety_examples import (
     alignment_loss,
     answered_alike,
     as_batches,
+    check_batches,
     check_likely,
     with_refusals,
 )
@@ -65,6 +67,7 @@ class InputConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length}: expected at least 2 tokens")
+        check_seed(self.seed)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the choices as plain values; paths become strings."""
@@ -104,8 +107,8 @@ def load_inputs(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is malformed, the model has no chat template, or there is nothing to
-            protect since the model does not refuse the safety prompts.
+        ValueError: if a file is malformed, the model has no chat template or cannot read an
+            example, or there is nothing to protect since it does not refuse the safety prompts.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -118,7 +121,7 @@ def load_inputs(
     set_seed(config.seed)
     model, tokenizer = load_causal_lm(config.model)
     if config.chat_template is not None:
-        tokenizer.chat_template = _text(config.chat_template)
+        tokenizer.chat_template = read_template(config.chat_template)
     if torch.cuda.is_available():
         model = model.cuda()
     rows = encode_all(tokenizer, examples, config.max_length)
@@ -126,18 +129,17 @@ def load_inputs(
         raise ValueError(
             f"max_length={config.max_length}: no response of {config.train} is left; raise it"
         )
+    ids = [row["input_ids"] for row in rows]
+    check_readable(model, ids, f"train: an example in {config.train}")
     refusals = with_refusals(model, tokenizer, safety, str(config.safety))
+    held = as_batches(tokenizer, answered_alike(harmless, refusals))
+    check_batches(model, held, f"harmless: a prompt in {config.harmless} with the refusal")
     if not config.full:
-        model = get_peft_model(model, _lora(model, config))
+        model = get_peft_model(model, default_lora(model, config.lora_rank, config.lora_alpha))
     model.train()
     batches = as_batches(tokenizer, refusals)
     loss = check_likely(SafetyProbe(model, batches), str(config.safety))
-    probe = SafetyProbe(
-        model,
-        batches,
-        held=as_batches(tokenizer, answered_alike(harmless, refusals)),
-        opening=opening,
-    )
+    probe = SafetyProbe(model, batches, held=held, opening=opening)
     if opening is not None:
         loss = alignment_loss(probe)
     return Inputs(model, tokenizer, rows, probe, (len(refusals), len(safety)), loss)
@@ -158,28 +160,30 @@ def task_batches(
             f"examples, and there are {len(rows)}; lower the batches or the batch size"
         )
     drawn = random.Random(seed).sample(rows, count * batch_size)
-    pad = inputs.tokenizer.pad_token_id
+    pad = pad_id(inputs.tokenizer)
     return [
         collate(drawn[start : start + batch_size], pad, side="left")
         for start in range(0, len(drawn), batch_size)
     ]
 
 
-def _text(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """Read a chat template from a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no text.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"chat_template={path}: there is no such file")
-    return path.read_text(encoding="utf-8")
+        what = "it is no regular file" if path.exists() else "there is no such file"
+        raise FileNotFoundError(f"chat_template={path}: {what}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template={path}: not UTF-8 text ({error.reason})") from None
 
 
-def _lora(model: Any, config: InputConfig) -> Any:
-    """LoRA where PEFT puts it by default, on all linear layers of models it does not know."""
-    from peft import LoraConfig
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
-
-    known = getattr(model.config, "model_type", None) in KNOWN_TARGETS
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=None if known else "all-linear",
-    )
+def check_seed(seed: int) -> None:
+    """Raise a ValueError for a seed that numpy, which transformers seeds too, does not take."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: expected at least 0 and less than 2**32")

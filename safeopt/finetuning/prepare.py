@@ -10,7 +10,7 @@ import torch
 
 from safeopt.finetuning.checkpoints import last_checkpoint, written_folders
 from safeopt.finetuning.config import ADAMW, FinetuneConfig
-from safeopt.finetuning.folders import check_folder
+from safeopt.finetuning.folders import CURVES, check_folder
 from safeopt.finetuning.inputs import Inputs, load_inputs
 from safeopt.finetuning.report import REPORT, read_report
 from safeopt.optim import optimizers
@@ -80,16 +80,18 @@ def _checkpoint(config: FinetuneConfig) -> str | None:
 
 
 def _check_apart(config: FinetuneConfig) -> None:
-    """Refuse what is the user's own in the folders that the run writes, replaces or removes."""
+    """Refuse what is the user's own where the run writes, replaces or removes."""
+    out = Path(config.out)
+    written = (*written_folders(out), out / REPORT, out / CURVES)
     for name in _OWN:
         value = getattr(config, name)
         if value is None or not Path(value).exists():  # a model's hub name, or named as missing
             continue
-        for folder in written_folders(Path(config.out)):
-            relation = _relation(Path(value), folder)
+        for place in written:
+            relation = _relation(Path(value), place)
             if relation:
                 raise ValueError(
-                    f"{name}={value}: it {relation} {folder}, which the run writes, replaces or "
+                    f"{name}={value}: it {relation} {place}, which the run writes, replaces or "
                     f"removes; choose another folder with --out, or move the {name} elsewhere"
                 )
 

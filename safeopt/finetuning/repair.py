@@ -15,10 +15,11 @@ from safeopt.data import encode_all, read_examples
 from safeopt.files import plain, write_json
 from safeopt.finetuning.adapter import load_adapter
 from safeopt.finetuning.folders import RESULT, check_folder
-from safeopt.models import load_causal_lm
+from safeopt.finetuning.inputs import check_seed, read_template
+from safeopt.models import check_readable, load_causal_lm
 from safeopt.optim.repair import RepairReport, repair
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import read_safety_batches
+from safeopt.safety_examples import check_batches, read_safety_batches
 
 REPORT = "repair.json"
 _WORKING = "repair.partial"
@@ -42,6 +43,7 @@ class RepairConfig:
         examples: safety examples (and held ones, and task examples) for each.
         max_length: tokens after which a task example is cut.
         seed: of the order of the examples.
+        chat_template: file with a Jinja chat template, instead of the tokenizers' own.
 
     Raises:
         ValueError: naming the argument that is out of its range.
@@ -58,6 +60,7 @@ class RepairConfig:
     examples: int = 32
     max_length: int = 1024
     seed: int = 0
+    chat_template: Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("refreshes", 1), ("examples", 1), ("max_length", 2)):
@@ -65,6 +68,7 @@ class RepairConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
         if not self.budget >= 0:
             raise ValueError(f"budget={self.budget}: expected at least 0")
+        check_seed(self.seed)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the choices as plain values; paths become strings."""
@@ -102,13 +106,15 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         FileExistsError: if ``out`` is a file or a folder that is not empty, saying where an earlier
             repair has left something in it.
         PermissionError: if ``out`` must not be written to.
-        ValueError: if a file is malformed, a model cannot be loaded, or the reference does not
-            refuse the safety prompts.
+        ValueError: if a file is malformed, a model cannot be loaded or cannot read an example, or
+            the reference does not refuse the safety prompts.
     """
     _check_new(Path(config.out))
     examples = read_examples(config.train) if config.train else []
     is_adapter = (Path(config.model) / "adapter_config.json").is_file()
+    template = None if config.chat_template is None else read_template(config.chat_template)
     aligned, tokenizer = load_causal_lm(config.reference)
+    tokenizer.chat_template = template or tokenizer.chat_template
     if torch.cuda.is_available():
         aligned = aligned.cuda()
     safety, held = read_safety_batches(aligned, tokenizer, config.safety, config.harmless)
@@ -120,7 +126,7 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         device = aligned.device
         del aligned, looked_at
         model, own = load_causal_lm(config.model)
-        own.chat_template = own.chat_template or tokenizer.chat_template
+        own.chat_template = template or own.chat_template or tokenizer.chat_template
         model, tokenizer = model.to(device).requires_grad_(True), own
     task = encode_all(tokenizer, examples, config.max_length)
     if config.train and len(task) < 2:
@@ -128,6 +134,10 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
             f"train: {len(task)} responses of {config.train} fit into "
             f"max_length={config.max_length}; at least 2 are needed"
         )
+    check_batches(model, [*safety, *held], f"model={config.model}: a prompt with its refusal")
+    check_readable(
+        model, [row["input_ids"] for row in task], f"train: an example in {config.train}"
+    )
     return PreparedRepair(
         config,
         model,

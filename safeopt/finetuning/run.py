@@ -10,19 +10,17 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from safeopt.data import collate
+from safeopt.data import collate, pad_id
 from safeopt.files import write_json
 from safeopt.finetuning.checkpoints import written_folders
 from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
-from safeopt.finetuning.folders import RESULT
+from safeopt.finetuning.folders import CURVES, RESULT
 from safeopt.finetuning.prepare import Prepared
 from safeopt.finetuning.report import REPORT, read_report, run_report
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
 from safeopt.safety_examples import alignment_loss
 from safeopt.timing import clock
-
-_CURVES = "curves.png"
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ def run(
     out = Path(config.out)
     if config.overwrite:
         _clear(out)
+    out.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead to what is not there yet
     report_path = out / REPORT
     # Training time before a resume; `prepare` has checked that file.
     earlier = float(read_report(report_path)["seconds"]) if config.resume else 0.0
@@ -105,7 +104,7 @@ def run(
             dataloader_pin_memory=False,
         ),
         train_dataset=_Rows(prepared.inputs.rows),
-        data_collator=_Collator(prepared.inputs.tokenizer.pad_token_id),
+        data_collator=_Collator(pad_id(prepared.inputs.tokenizer)),
         processing_class=prepared.inputs.tokenizer,
         optimizers=(prepared.optimizer, None),
         callbacks=callbacks,
@@ -123,13 +122,13 @@ def run(
     report = run_report(prepared, trainer, finished, seconds)
     report["alignment_loss"]["end"] = alignment_loss(prepared.inputs.probe)
     write_json(report_path, report)
-    save_curves(report, out / _CURVES)
+    save_curves(report, out / CURVES)
     return Outcome(finished, folder, report)
 
 
 def _clear(out: Path) -> None:
     """Remove what an earlier run wrote, so that its checkpoints are not taken for this one's."""
-    for path in (*written_folders(out), out / _CURVES, out / REPORT):
+    for path in (*written_folders(out), out / CURVES, out / REPORT):
         # Of a link only itself is the run's, not what it leads to.
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -47,7 +47,9 @@ class FactoredBasis:
         """The basis without a direction."""
         none = torch.zeros(0, 0, dtype=torch.float64, device=params[0].device)
         shapes, dtypes = [p.shape for p in params], [row_dtype(p) for p in params]
-        return cls(FactoredRows(shapes, dtypes, [], {}, none[0:0].flatten()), none, none)
+        devices = [p.device for p in params]
+        rows = FactoredRows(shapes, dtypes, [], {}, none[0:0].flatten(), devices)
+        return cls(rows, none, none)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], params: Sequence[Tensor]) -> FactoredBasis:
