@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
+from typing import Any
 
 import torch
 from torch import nn
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -38,16 +42,25 @@ def trainability_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Outside, the module and those inside of it have the attributes and buffers that they had."""
-    before = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    """Outside, the module and those inside of it have the attributes and buffers that they had.
+
+    Attributes that are lists, dicts or sets have the entries that they had, too.
+    """
+    parts = [vars(part) for part in module.modules()]
+    buffers: list[Any] = [part._buffers for part in module.modules()]
+    own = [x for part in parts for name, x in part.items() if name not in _OF_EVERY_MODULE]
+    changing = [x for x in own if isinstance(x, (list, dict, set))]
+    before = [(x, copy(x)) for x in (*parts, *buffers, *changing)]
     try:
         yield
     finally:
-        for part, attributes, buffers in before:
-            for name in set(vars(part)) - set(attributes):
-                del vars(part)[name]
-            vars(part).update(attributes)
-            part._buffers.update(buffers)
+        for container, entries in before:
+            if isinstance(container, list):
+                container[:] = entries
+                continue
+            for added in set(container) - set(entries):
+                container.pop(added) if isinstance(container, dict) else container.remove(added)
+            container.update(entries)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def check_readable(model: Any, rows: Iterable[Sequence[int]], given: str, room: 
     """
     known, positions = _known_tokens(model), _positions(model)
     for row in rows:
-        highest, length = max(row), len(row) + room
+        highest, length = max(row, default=0), len(row) + room
         if highest >= known:
             raise ValueError(
                 f"{given} has the token {highest}, and the model knows tokens below {known} only; "

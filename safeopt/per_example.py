@@ -28,6 +28,7 @@ hooks run then too; of each gradient a rank keeps its own part. All ranks run th
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -373,7 +374,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             return dict(pull(part.unsqueeze(0))[0])
 
         try:
-            found = vmap(products)(b, *(leaves[place] for place in places))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                found = vmap(products)(b, *(leaves[place] for place in places))
         except Exception as error:  # a backward pass of its own, a branch that depends on the data
             logger.debug("%s: one example at a time (%s)", type(module).__name__, error)
             return False

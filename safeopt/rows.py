@@ -18,8 +18,10 @@ from safeopt.distributed import ALONE, Layout, local
 
 # Columns multiplied in the rows' own dtype; the products of these tiles are summed in float64.
 COLUMNS = 1 << 14
-# Columns of small blocks that are multiplied together.
-_TOGETHER = 16 * COLUMNS
+# Numbers that are copied to multiply small blocks together: a processor soon loses by it what it
+# saves in calls, a GPU waits for the launches of many small products.
+_TOGETHER = {"cpu": 1 << 18}
+_TOGETHER_ELSEWHERE = 1 << 24
 
 
 class GradientRows(Protocol):
@@ -147,16 +149,17 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 def _groups(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[list[int]]:
     """Neighbours to be multiplied at once: hundreds of small products would be mostly overhead."""
     group: list[int] = []
-    columns, last = 0, None
+    numbers, last = 0, None
     for index, (a, b) in enumerate(zip(left, right, strict=True)):
         if not (a.numel() and b.numel()):
             continue
-        size, kind = a[0].numel(), (a.device, a.dtype, b.device, b.dtype)
-        if group and (kind != last or columns + size > _TOGETHER):
+        size, kind = a.numel() + b.numel(), (a.device, a.dtype, b.device, b.dtype)
+        most = _TOGETHER.get(a.device.type, _TOGETHER_ELSEWHERE)
+        if group and (kind != last or numbers + size > most):
             yield group
-            group, columns = [], 0
+            group, numbers = [], 0
         group.append(index)
-        columns, last = columns + size, kind
+        numbers, last = numbers + size, kind
     if group:
         yield group
 

@@ -8,7 +8,7 @@ import torch
 
 
 def clock() -> float:
-    """Seconds of wall time, read when all work given to this process's GPU is done.
+    """Seconds of wall time, read when all work given to the current GPU is done.
 
     A GPU works behind the program: read without waiting, one part's time would be booked to the
     next part that needs a number on the host. Waiting costs little where a part ends with one.

@@ -1,4 +1,4 @@
-"""The suite runs on the processor, also where there is a GPU; ``pytest -m gpu`` is for that."""
+"""The suite runs on the processor, also where there is a GPU; exactly ``-m gpu`` is for that."""
 
 from __future__ import annotations
 

@@ -109,3 +109,5 @@ def test_before_torch_2_9_there_is_one_setting(monkeypatch):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+        for backend in (torch.backends.cuda, torch.backends.mkldnn):
+            backend.matmul.fp32_precision = "none"  # that has set it; it followed the general one

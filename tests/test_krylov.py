@@ -48,6 +48,8 @@ def rounded_products():
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for backend in (torch.backends.cuda, torch.backends.mkldnn):
+            backend.matmul.fp32_precision = "none"  # that has set it; it followed the general one
 
 
 def matrix_of(values, seed=0):

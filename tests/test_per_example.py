@@ -371,6 +371,27 @@ def test_hooks_of_others_see_tensors_that_last():
     assert all(bool(output.isfinite().all()) for output in seen)
 
 
+class Remembers(nn.Module):
+    """A layer that puts what it sees into a list and a dict of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+        self.seen, self.last = [], {}
+
+    def forward(self, x):
+        self.seen.append(x)
+        self.last["x"] = x
+        return x * self.weight
+
+
+def test_what_a_layer_remembers_outlives_the_replay():
+    model = Toy(Remembers()).double()
+    check(model, safety_batch(), passes=1)
+    kept = [*model.middle.seen, model.middle.last["x"]]
+    assert all(float(x.detach().abs().sum()) > 0 for x in kept)
+
+
 class Reads(TorchDispatchMode):
     """Counts numbers that are read from a tensor: a GPU is waited for at each."""
 

@@ -114,7 +114,8 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
     is_adapter = (Path(config.model) / "adapter_config.json").is_file()
     template = None if config.chat_template is None else read_template(config.chat_template)
     aligned, tokenizer = load_causal_lm(config.reference)
-    tokenizer.chat_template = template or tokenizer.chat_template
+    if template is not None:
+        tokenizer.chat_template = template
     if torch.cuda.is_available():
         aligned = aligned.cuda()
     safety, held = read_safety_batches(aligned, tokenizer, config.safety, config.harmless)
@@ -126,7 +127,8 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         device = aligned.device
         del aligned, looked_at
         model, own = load_causal_lm(config.model)
-        own.chat_template = template or own.chat_template or tokenizer.chat_template
+        if template is not None or not own.chat_template:
+            own.chat_template = tokenizer.chat_template
         model, tokenizer = model.to(device).requires_grad_(True), own
     task = encode_all(tokenizer, examples, config.max_length)
     if config.train and len(task) < 2:
