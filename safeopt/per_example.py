@@ -145,6 +145,22 @@ def _empty_row(p: Tensor, examples: int) -> Tensor:
     return torch.zeros((examples, *part.shape), dtype=row_dtype(p), device=part.device)
 
 
+class _Call(NamedTuple):
+    """A module's call that is to be replayed, with its own weights, detached."""
+
+    module: nn.Module
+    weights: dict[str, Tensor]
+    own: dict[str, int]
+    args: Any
+    kwargs: Any
+
+    def output(self, chosen: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
+        """The output with other weights; where else these are used, they stay as they are."""
+        weights = {**self.weights, **chosen}
+        output: Tensor = functional_call(self.module, weights, args, kwargs, tie_weights=False)
+        return output
+
+
 class Recorder(AbstractContextManager["Recorder"]):
     """Hooks that add each module's share of the per-example gradients to ``rows``."""
 
@@ -323,14 +339,15 @@ class Recorder(AbstractContextManager["Recorder"]):
         self, module: nn.Module, own: dict[str, int], args: Any, kwargs: Any, b: Tensor
     ) -> None:
         weights = {name: p.detach() for name, p in _own_parameters(module)}
+        call = _Call(module, weights, own, args, kwargs)
         together = not (self._layout.sharded or self._is_hooked(module))
         self._replaying = True  # the replay runs this module's hooks again
         try:
             # A module may keep what it sees, and the backward pass does not run under the autocast
             # that a library has put around the model's forward alone.
             with attributes_kept(module), _autocast(b.device.type, *self._autocast[module]):
-                if not (together and self._at_once(module, weights, own, args, kwargs, b)):
-                    self._one_by_one(module, weights, own, args, kwargs, b)
+                if not (together and self._at_once(call, b)):
+                    self._one_by_one(call, b)
         finally:
             self._replaying = False
 
@@ -347,17 +364,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             )
         )
 
-    def _at_once(
-        self,
-        module: nn.Module,
-        weights: dict[str, Tensor],
-        own: dict[str, int],
-        args: Any,
-        kwargs: Any,
-        b: Tensor,
-    ) -> bool:
+    def _at_once(self, call: _Call, b: Tensor) -> bool:
         """The products of all examples by `torch.func.vmap`; False for a module that it refuses."""
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = tree_flatten((call.args, call.kwargs))
         leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
         places = [place for place, x in enumerate(leaves) if self._has_rows(x)]
 
@@ -368,9 +377,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             inputs, named = tree_unflatten(one, structure)
 
             def output(chosen: dict[str, Tensor]) -> Tensor:
-                return _output(module, {**weights, **chosen}, inputs, named)
+                return call.output(chosen, inputs, named)
 
-            pull: Any = vjp(output, {name: weights[name] for name in own})[1]
+            pull: Any = vjp(output, {name: call.weights[name] for name in call.own})[1]
             return dict(pull(part.unsqueeze(0))[0])
 
         try:
@@ -378,36 +387,30 @@ class Recorder(AbstractContextManager["Recorder"]):
                 warnings.filterwarnings("ignore", "There is a performance drop")
                 found = vmap(products)(b, *(leaves[place] for place in places))
         except Exception as error:  # a backward pass of its own, a branch that depends on the data
-            logger.debug("%s: one example at a time (%s)", type(module).__name__, error)
+            logger.debug("%s: one example at a time (%s)", type(call.module).__name__, error)
             return False
         for name, gradients in found.items():
-            self.row(own[name]).add_(self._own(own[name], gradients, leading=1))
+            index = call.own[name]
+            self.row(index).add_(self._own(index, gradients, leading=1))
         return True
 
-    def _one_by_one(
-        self,
-        module: nn.Module,
-        weights: dict[str, Tensor],
-        own: dict[str, int],
-        args: Any,
-        kwargs: Any,
-        b: Tensor,
-    ) -> None:
+    def _one_by_one(self, call: _Call, b: Tensor) -> None:
         for example in range(self.examples):
-            leaves = {name: weights[name].clone().requires_grad_() for name in own}
-            inputs, named = tree_map(partial(self._one, example=example), (args, kwargs))
+            leaves = {name: call.weights[name].clone().requires_grad_() for name in call.own}
+            inputs, named = tree_map(partial(self._one, example=example), (call.args, call.kwargs))
             with torch.enable_grad():
-                output = _output(module, {**weights, **leaves}, inputs, named)
+                output = call.output(leaves, inputs, named)
             part = b[example : example + 1]
             if output.shape != part.shape:  # an argument could not be cut down to one example
-                self.mixed.update(own.values())
+                self.mixed.update(call.own.values())
                 return
             if not output.requires_grad:  # the module does not use the parameters it owns
                 continue
             gradients = torch.autograd.grad(output, list(leaves.values()), part, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    self.row(own[name])[example] += self._own(own[name], gradient)
+                    index = call.own[name]
+                    self.row(index)[example] += self._own(index, gradient)
 
     def _has_rows(self, value: Any) -> bool:
         """Whether a module's argument has a row for each example."""
@@ -420,12 +423,6 @@ class Recorder(AbstractContextManager["Recorder"]):
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters by name, without those of modules inside; one may have two names."""
     return module.named_parameters(recurse=False, remove_duplicate=False)
-
-
-def _output(module: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
-    """A module's output with other weights; where else these are used, they stay as they are."""
-    output: Tensor = functional_call(module, weights, args, kwargs, tie_weights=False)
-    return output
 
 
 def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
