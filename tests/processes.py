@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ _CONTEXT.set_forkserver_preload(
     ]
 )
 
+_LIMIT = 240  # seconds; ten times what most sets take, where many share a processor
+
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(*args)`` in ``ranks`` processes; what each returned, by rank.
@@ -39,35 +45,64 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
         try:
             for worker in workers:
                 worker.start()
-            for worker in workers:
-                worker.join(500)  # most of it waiting, where many share a processor
+            wrong = _wait(workers, Path(folder))
         finally:
             for worker in workers:
                 if worker.is_alive():
                     worker.kill()
-        results = []
-        for rank in range(len(workers)):
-            failed = Path(folder, f"{rank}.txt")
-            assert not failed.exists(), f"rank {rank}: {failed.read_text()}"
-            results.append(torch.load(Path(folder, f"{rank}.pt"), weights_only=False))
-    return results
+        assert not wrong, wrong
+        paths = [Path(folder, f"{rank}.pt") for rank in range(len(workers))]
+        return [torch.load(path, weights_only=False) for path in paths]
+
+
+def _wait(workers: list[Any], folder: Path) -> str:
+    """Until all are done or one has failed, which the others would wait for in vain; what failed.
+
+    Where they run into the limit: what each was doing.
+    """
+    end = time.monotonic() + _LIMIT
+    while True:
+        running = {w.sentinel: rank for rank, w in enumerate(workers) if w.is_alive()}
+        if failed := {rank: w.exitcode for rank, w in enumerate(workers) if w.exitcode}:
+            return f"exit codes by rank: {failed}\n" + _said(folder, failed)
+        if not running:
+            return ""
+        if not multiprocessing.connection.wait(list(running), max(end - time.monotonic(), 0)):
+            for rank in running.values():
+                os.kill(workers[rank].pid, signal.SIGUSR1)
+            time.sleep(1)  # while they write
+            return f"not done after {_LIMIT} s\n" + _said(folder, running.values())
+
+
+def _said(folder: Path, ranks: Iterable[int]) -> str:
+    return "\n".join(f"rank {rank}: {(folder / f'{rank}.txt').read_text()}" for rank in ranks)
 
 
 def _work(
     rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    try:
-        if ranks:
-            # As torchrun tells them; Trainer and Accelerate ask for nothing else.
-            names = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-            for group, number in zip(names, (rank, ranks), strict=True):
-                os.environ.update(dict.fromkeys(group, str(number)))
-            store = dist.FileStore(f"{folder}/store", ranks)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        torch.save(function(*args), f"{folder}/{rank}.pt")
-        if ranks:
-            dist.destroy_process_group()
-    except BaseException:
-        Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
-        raise
+    with Path(folder, f"{rank}.txt").open("w") as said:
+        faulthandler.enable(said)
+        faulthandler.register(signal.SIGUSR1, said)
+        try:
+            if ranks:
+                _join(rank, ranks, folder)
+            torch.save(function(*args), f"{folder}/{rank}.pt")
+            if ranks:
+                dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc(file=said)
+            raise
+        finally:
+            faulthandler.disable()
+            faulthandler.unregister(signal.SIGUSR1)
+
+
+def _join(rank: int, ranks: int, folder: str) -> None:
+    # As torchrun tells them; Trainer and Accelerate ask for nothing else.
+    names = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for group, number in zip(names, (rank, ranks), strict=True):
+        os.environ.update(dict.fromkeys(group, str(number)))
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
