@@ -1,6 +1,6 @@
 """Where parameters and safety examples lie when several processes train one model.
 
-Three layouts, all of torch.distributed; without a process group everything here does nothing:
+Four layouts; without a process group everything here does nothing:
 
 =====================  ==================  =======================  =============================
                        parameters, basis   sums over parameters     safety examples
@@ -9,6 +9,8 @@ one process            whole               --                       all
 DDP                    whole, everywhere   averaged over the ranks  split over the ranks
 FSDP2 (`fully_shard`)  a part each         summed over the ranks    losses split; gradients: every
 HSDP                   a part each, R×     summed, divided by R     rank, its own part of each
+DeepSpeed ZeRO 1, 2    a part each of the  summed over the ranks    as with FSDP2
+                       float32 masters
 =====================  ==================  =======================  =============================
 
 Every sum over parameters ends in an all-reduce over all ranks, divided by the number of ranks that
@@ -16,14 +18,18 @@ hold the same part. All ranks therefore see the same bits and take the same deci
 refresh, which step to take back. Whole parameters (DDP) get the per-example gradients of all ranks
 by an all-gather. Parts need none: every rank runs the examples, as it gathers the weights anyway,
 and keeps its own part of the gradients.
+
+Under ZeRO the model holds all weights whole, in its own dtype, and the optimizer moves a `Master`
+of each. Everything that reads or writes weights between the passes (coordinates, steps inside the
+subspace) works on the masters; what was written is published to the model's weights.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,13 +48,22 @@ def is_sharded(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; the tensor itself where that is all of it."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    (part,) = locals_of([tensor])
+    assert part is not None
+    return part
 
 
 def locals_of(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """`local` of many tensors, quick where there are hundreds; None stays None."""
     sharded = _loaded("torch.distributed.tensor", "DTensor")
-    return [t.to_local() if isinstance(t, sharded) else t for t in tensors]
+    found: list[Tensor | None] = []
+    for t in tensors:
+        master = master_of(t)
+        if master is not None:
+            found.append(master.values())
+        else:
+            found.append(t.to_local() if isinstance(t, sharded) else t)
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,72 @@ class Part:
         return torch.Size(sizes)
 
 
+@dataclass(frozen=True)
+class Range:
+    """As `Part`, of a parameter that is cut as one long vector.
+
+    Attributes:
+        start: the first entry.
+        length: number of entries; 0 where other processes hold them all.
+        shape: of the parameter.
+    """
+
+    start: int
+    length: int
+    shape: torch.Size
+
+    def cut(self, whole: Tensor, leading: int = 0) -> Tensor:
+        """As `Part.cut`; the result has one dimension beside the leading ones."""
+        flat = whole.reshape(*whole.shape[:leading], -1)
+        return flat.narrow(leading, self.start, self.length)
+
+    def whole(self, shape: torch.Size, leading: int = 0) -> torch.Size:
+        """As `Part.whole`."""
+        return torch.Size((*shape[:leading], *self.shape))
+
+    def lines(self) -> tuple[slice, slice]:
+        """The rows of a matrix in which the range lies, and the range among their entries."""
+        width = self.shape[1]
+        first, last = self.start // width, -(-(self.start + self.length) // width)
+        return slice(first, last), slice(begin := self.start - first * width, begin + self.length)
+
+
+class Master(Protocol):
+    """The float32 numbers, this process's range of them, that the optimizer moves for a parameter.
+
+    Attributes:
+        range: which entries of the parameter they are.
+        group: the ranks that hold the others.
+    """
+
+    range: Range
+    group: dist.ProcessGroup
+
+    def values(self) -> Tensor:
+        """The numbers themselves, shape ``(range.length,)``."""
+        ...
+
+    def publish(self) -> None:
+        """Bring what was written to the masters of all parameters into the model's weights.
+
+        All ranks call it together.
+        """
+        ...
+
+
+_MASTER = "_safeopt_master"
+
+
+def set_master(p: Tensor, master: Master) -> None:
+    """Make ``master`` what optimizers move in place of a model's parameter."""
+    setattr(p, _MASTER, master)
+
+
+def master_of(p: Tensor | None) -> Master | None:
+    """The master of a parameter; None where the optimizer moves the parameter itself."""
+    return getattr(p, _MASTER, None)
+
+
 class Layout:
     """How some parameters lie over the processes.
 
@@ -85,16 +166,19 @@ class Layout:
         parts: for each parameter the part that this process holds, None for all of it.
         group: the ranks that train the model; None if there is one process.
         replicas: number of ranks that hold the same part.
+        publish: called after a part was written to, by all ranks.
     """
 
     def __init__(
         self,
-        parts: Sequence[Part | None],
+        parts: Sequence[Part | Range | None],
         group: dist.ProcessGroup | None = None,
         replicas: int = 1,
+        publish: Callable[[], None] = lambda: None,
     ) -> None:
         self.parts = list(parts)
         self.replicas = replicas
+        self.publish = publish
         self._group = group
         self._size = 1 if group is None else dist.get_world_size(group)
         self._rank = 0 if group is None else dist.get_rank(group)
@@ -113,6 +197,10 @@ class Layout:
         """
         if any(getattr(p, "_fsdp_flattened", False) for p in params):
             raise TypeError(f"params: {FSDP1}")
+        masters = [master for p in params if (master := master_of(p)) is not None]
+        if masters and len(masters) == len(params):
+            ranges = [master.range for master in masters]
+            return cls(ranges, masters[0].group, publish=masters[0].publish)
         sharded = [p for p in params if is_sharded(p)]
         if not sharded:
             replicas = 1 if group is None else dist.get_world_size(group)
@@ -203,23 +291,28 @@ def undivided(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Raise a TypeError for FullyShardedDataParallel and DeepSpeed ZeRO, naming the alternative."""
+    """Raise a TypeError for FullyShardedDataParallel and DeepSpeed's, naming the alternative."""
     flat = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     if any(isinstance(module, flat) for module in model.modules()):
         raise TypeError(f"model: {FSDP1}")
-    engine = _loaded("deepspeed", "DeepSpeedEngine")
-    if isinstance(model, engine) or any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise TypeError(f"model: {DEEPSPEED}")
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise TypeError(f"model: {ZERO_3}")
+    if isinstance(model, _loaded("deepspeed", "DeepSpeedEngine")):
+        raise TypeError(f"model=DeepSpeedEngine: {ENGINE}")
 
 
 FSDP1 = (
     "FullyShardedDataParallel (FSDP1) flattens parameters and cannot be protected; use "
     "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in Accelerate) instead"
 )
-DEEPSPEED = (
-    "DeepSpeed ZeRO flattens parameters and takes its steps on partitions of them, which cannot be "
-    "protected; shard with torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in "
-    "Accelerate), or train with DistributedDataParallel"
+ZERO_3 = (
+    "DeepSpeed ZeRO 3 takes the parameters apart, which cannot be protected; use stage 1 or 2 with "
+    "safeopt.integrations.deepspeed.protect, or torch.distributed.fsdp.fully_shard (FSDP2; "
+    "fsdp_version: 2 in Accelerate)"
+)
+ENGINE = (
+    "DeepSpeed needs the model itself in the probe (engine.module), an ordinary optimizer in "
+    "deepspeed.initialize, and then safeopt.integrations.deepspeed.protect(engine, probe)"
 )
 
 
@@ -243,8 +336,14 @@ def sharded_gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | N
 
     Args:
         loss: a scalar.
-        params: parameters of a model under ``fully_shard``.
+        params: parameters of a model under ``fully_shard``, or with masters: autograd knows the
+            whole weights of these, and their gradients stay.
     """
+    masters = [master_of(p) for p in params]
+    if any(masters):
+        whole = torch.autograd.grad(loss, list(params), allow_unused=True)
+        pairs = zip(masters, whole, strict=True)
+        return [m.range.cut(g) if m is not None and g is not None else g for m, g in pairs]
     for p in params:
         p.grad = None
     loss.backward()

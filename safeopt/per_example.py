@@ -42,7 +42,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from safeopt.distributed import ALONE, Layout, Part, local, sharded_gradients
+from safeopt.distributed import ALONE, Layout, Part, Range, local, sharded_gradients
 from safeopt.isolation import attributes_kept
 from safeopt.rows import rounds_products
 from safeopt.rows import row_dtype as row_dtype
@@ -141,8 +141,8 @@ def looped_rows(
 
 
 def _empty_row(p: Tensor, examples: int) -> Tensor:
-    part = local(p.detach())
-    return torch.zeros((examples, *part.shape), dtype=row_dtype(p), device=part.device)
+    part = local(p).detach()
+    return torch.zeros((examples, *part.shape), dtype=row_dtype(part), device=part.device)
 
 
 class _Call(NamedTuple):
@@ -179,7 +179,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         self.rounded = False
         self._params = params
         self._layout = layout
-        self._parts: Sequence[Part | None] = layout.parts or [None] * len(params)
+        self._parts: Sequence[Part | Range | None] = layout.parts or [None] * len(params)
         self._rows: dict[int, Tensor] = {}
         wanted = {id(p): index for index, p in enumerate(params) if index not in skip}
         self._owned: dict[nn.Module, dict[str, int]] = {}
@@ -305,11 +305,16 @@ class Recorder(AbstractContextManager["Recorder"]):
             rows = self.row(own["weight"])
             a = a.reshape(self.examples, -1, a.shape[-1])
             part = self._parts[own["weight"]]
-            inputs = part.cut(a, 1) if part is not None and part.dim == 1 else a
-            outputs = part.cut(b, 2) if part is not None and part.dim == 0 else b
+            inputs = part.cut(a, 1) if isinstance(part, Part) and part.dim == 1 else a
+            outputs = part.cut(b, 2) if isinstance(part, Part) and part.dim == 0 else b
             # A layer may fetch its input from another device, behind the hooks.
             inputs = inputs.to(rows.device, rows.dtype)
-            rows.baddbmm_(outputs.transpose(1, 2).to(rows.dtype), inputs)
+            if isinstance(part, Range):
+                some, inside = part.lines()
+                products = outputs[..., some].transpose(1, 2).to(rows.dtype) @ inputs
+                rows.add_(products.flatten(1)[:, inside])
+            else:
+                rows.baddbmm_(outputs.transpose(1, 2).to(rows.dtype), inputs)
         if "bias" in own:
             self.row(own["bias"]).add_(self._own(own["bias"], b.sum(1), leading=1))
 

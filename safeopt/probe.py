@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from safeopt.batches import by_length, join, opened, require_same_keys, split
 from safeopt.distributed import (
-    DEEPSPEED,
+    ENGINE,
     Layout,
     is_sharded,
     local,
@@ -217,7 +217,7 @@ class SafetyProbe:
             split = not layout.sharded
             mine = [chosen[p] for p in layout.share(len(chosen))] if split else chosen
             losses = torch.empty(len(mine), device="cpu")
-            rows = [local(p.detach()) for p in params]
+            rows = [local(p).detach() for p in params]
             rows = [p.new_empty((len(mine), *p.shape), dtype=row_dtype(p)) for p in rows]
             for positions in self._micro_batches(mine):
                 members = [mine[position] for position in positions]
@@ -340,7 +340,7 @@ class SafetyProbe:
             raise ValueError(
                 f"params: {foreign} of {len(params)} parameters do not belong to the probe's "
                 "model; give the probe the model that is trained"
-                + (f". {DEEPSPEED}" if "deepspeed" in sys.modules else "")
+                + (f". {ENGINE}" if "deepspeed" in sys.modules else "")
             )
 
     def _model_layout(self) -> Layout:

@@ -1,16 +1,12 @@
 """Several processes train what one process trains: DDP, FSDP2 and HSDP over gloo, on the CPU."""
 
-import sys
-import types
 from functools import cache
 
 import distributed_runs as work
 import pytest
 import torch
 from processes import run_ranks
-from tiny_models import safety_batch, tiny_llama
 
-from safeopt import ProjectedAdamW, SafetyProbe
 from safeopt.distributed import ALONE, Layout
 
 pytestmark = pytest.mark.slow
@@ -226,23 +222,6 @@ def test_an_overflow_on_one_rank_stops_all(results):
 def test_other_layouts_are_refused(results, case, message):
     for mine in results(2)["refusals"]:
         assert mine[case].startswith(message)
-
-
-def test_deepspeed_is_refused(monkeypatch):
-    """ZeRO-3 marks its parameters; ZeRO-1 and 2 put flat partitions in their places."""
-    model = tiny_llama(layers=1)
-    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
-    probe = SafetyProbe(model, [safety_batch()])
-    optimizer = ProjectedAdamW(model.parameters(), probe=probe, trial_examples=2)
-    weights = list(model.parameters())
-    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in weights]))
-    flat.grad = torch.ones_like(flat)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match=r"DeepSpeed.*fully_shard"):
-        optimizer.step()
-    weights[0].ds_id = 0
-    with pytest.raises(TypeError, match=r"DeepSpeed.*fully_shard"):
-        SafetyProbe(model, [safety_batch()])
 
 
 def test_one_process_has_nothing_to_exchange():

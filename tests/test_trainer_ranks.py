@@ -1,4 +1,4 @@
-"""An ordinary Trainer on two processes (DDP, FSDP2; gloo) trains what it trains on one."""
+"""An ordinary Trainer on two processes (DDP, FSDP2, ZeRO; gloo) trains what it trains on one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import pytest
 import torch
 import trainer_runs as work
 from accelerate_runs import HAS_FSDP2
-from distributed_runs import in_turn
+from deepspeed_runs import without_compiling
 from processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
 CASES = [("ddp", kind) for kind in work.KINDS]
 CASES += [("fsdp2", kind) for kind in ("safeguard", "lookahead") if HAS_FSDP2]
+CASES += [("zero2", "safeguard")]
+WRAPPERS = {
+    "ddp": "DistributedDataParallel",
+    "fsdp2": "FSDPPeftModel",
+    "zero2": "DeepSpeedEngine",
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +29,14 @@ def results(tmp_path_factory):
     again = [("one", kind, folder / f"ddp-{kind}") for kind in work.KINDS]
     both = [(*case, None) for case in CASES]
     both += [(*case, folder / "-".join(case)) for case in CASES]
+    # Accelerate's state, one for the whole process, holds DeepSpeed's configuration.
+    zero = [run for run in both if run[0] == "zero2"]
     found = {}
-    for ranks, runs in ((2, both), (0, [*alone, *again])):
+    for ranks, runs in (
+        (2, [run for run in both if run not in zero]),
+        (2, zero),
+        (0, [*alone, *again]),
+    ):
         tasks = [
             (
                 work.train,
@@ -35,7 +47,7 @@ def results(tmp_path_factory):
             )
             for layout, kind, resume in runs
         ]
-        answers = zip(*run_ranks(ranks, in_turn, tasks), strict=True)
+        answers = zip(*run_ranks(ranks, without_compiling, tasks), strict=True)
         for (layout, kind, resume), each in zip(runs, answers, strict=True):
             found[layout, kind, resume is not None] = each
     return found
@@ -54,8 +66,7 @@ def assert_same(found, expected, tolerance):
 @pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_two_processes_train_what_one_trains(results, layout, kind):
     found, (expected,) = results[layout, kind, False], results["one", kind, False]
-    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}[layout]
-    assert [mine["wrapped"] for mine in found] == [wrapper] * 2
+    assert [mine["wrapped"] for mine in found] == [WRAPPERS[layout]] * 2
     assert {6, 9, 15, 18, 20} <= set(expected["refreshes"]), "refreshes, checkpoints and the end"
     assert_same(found, expected, 1e-5)
     share = 0.65 if layout == "ddp" else 1.0  # lengths differ, and an odd number is made even

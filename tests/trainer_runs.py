@@ -33,6 +33,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "fsdp": "full_shard",
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
     },
+    "zero2": {
+        "deepspeed": {
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_clipping": "auto",
+        }
+    },
 }
 
 

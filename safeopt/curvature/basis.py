@@ -133,7 +133,7 @@ class DenseBasis:
     @classmethod
     def empty(cls, params: Sequence[Tensor], layout: Layout = ALONE) -> DenseBasis:
         """The basis without a direction."""
-        parts = [local(p.detach()) for p in params]
+        parts = [local(p).detach() for p in params]
         return cls([p.new_empty((0, *p.shape), dtype=row_dtype(p)) for p in parts], layout)
 
     @classmethod
@@ -147,7 +147,7 @@ class DenseBasis:
         """
         blocks = state["blocks"]
         rank = blocks[0].shape[0] if len(blocks) else 0
-        parts = [local(p.detach()) for p in params]
+        parts = [local(p).detach() for p in params]
         if [tuple(block.shape) for block in blocks] != [(rank, *p.shape) for p in parts]:
             raise ValueError(
                 f"its shapes do not fit the parameters ({len(blocks)} blocks of rank {rank} for "
@@ -194,6 +194,7 @@ class DenseBasis:
             coordinates: shape ``(k,)``.
         """
         self._flat.add_into([t for t in locals_of(tensors) if t is not None], coordinates)
+        self.layout.publish()
 
     def inner(self, other: DenseBasis) -> Tensor:
         """Return UᵀW, the inner products with another basis; shape ``(k, k_other)``, float64."""

@@ -13,7 +13,7 @@ Two lines protect a script; `protect` finds the model, the tokenizer and the opt
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +28,13 @@ require("transformers", "accelerate")
 
 from transformers import Trainer, TrainingArguments
 
-from safeopt.distributed import DEEPSPEED, FSDP1
+from safeopt.distributed import FSDP1, ZERO_3
 from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
 from safeopt.losses import Batch, refusal_nll
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
 from safeopt.optim.portable import in_process_group
+from safeopt.optim.safeguard import config_of
 from safeopt.probe import OPENING, SafetyProbe
 from safeopt.safety_examples import alignment_loss, check_likely, read_safety_batches, unlikely
 
@@ -73,11 +74,11 @@ def protect(
         ImportError: if the version of TRL or bitsandbytes is too old.
         TypeError: if ``mode="two_pass"`` is asked of a trainer without `SafetyTrainerMixin`, an
             option is unknown, the model has adapters that cannot be protected, or the trainer
-            shards with DeepSpeed or FSDP1.
+            shards with DeepSpeed ZeRO 3 or FSDP1.
         ValueError: if a file is malformed, there is nothing to protect (the model does not refuse,
             or would not say the file's responses), or ``optimizer`` is given although the trainer
-            has an optimizer; if a file is given, but the weights come with training only
-            (``cpu_ram_efficient_loading``).
+            has an optimizer or DeepSpeed; if a file is given, but the weights come with training
+            only (``cpu_ram_efficient_loading``).
 
     Cost: an answer of 32 tokens for each prompt that has no response, and one forward pass on at
     most 32 examples; then as `ProjectedAdamW`.
@@ -119,6 +120,14 @@ def protect(
             f'mode="two_pass": {type(trainer).__name__} makes one pass a step; derive it from '
             'SafetyTrainerMixin, or use mode="lookahead"'
         )
+    if trainer.is_deepspeed_enabled:
+        if optimizer is not None:
+            raise ValueError(
+                f'optimizer="{optimizer}": DeepSpeed steps on vectors of its own; leave it out, '
+                "and the optimizer of the arguments or of DeepSpeed's configuration is protected"
+            )
+        _protect_engine(trainer, probe, options)
+        return install(trainer)
     given = trainer.optimizer
     if given is not None:
         if optimizer is not None:
@@ -228,13 +237,32 @@ def _has_weights(trainer: Any) -> bool:
         TypeError: if the trainer shards in a way that cannot be protected.
     """
     if trainer.is_deepspeed_enabled:
-        raise TypeError(f"trainer: {DEEPSPEED}")
+        if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise TypeError(f"trainer: {ZERO_3}")
+        return True
     if not trainer.is_fsdp_enabled:
         return True
     plugin = trainer.accelerator.state.fsdp_plugin
     if getattr(plugin, "fsdp_version", 1) == 1:
         raise TypeError(f"trainer: {FSDP1}")
     return not plugin.cpu_ram_efficient_loading
+
+
+def _protect_engine(trainer: Any, probe: SafetyProbe, options: Mapping[str, Any]) -> None:
+    """Protect the DeepSpeed engine that ``train()`` will make, before it loads a checkpoint."""
+    from safeopt.integrations import deepspeed
+
+    config_of({name: value for name, value in options.items() if name != "on_refresh_error"})
+    prepare = trainer.accelerator.prepare
+
+    def prepare_and_protect(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        for each in prepared if isinstance(prepared, tuple) else (prepared,):
+            if hasattr(each, "zero_optimization_stage"):
+                deepspeed.protect(each, probe, **options)
+        return prepared
+
+    trainer.accelerator.prepare = prepare_and_protect
 
 
 def read_probe(

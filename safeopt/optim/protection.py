@@ -164,12 +164,11 @@ def attach(
             ``differentiable`` or has no learning rate.
         TypeError: for complex or sparse parameters.
     """
-    if on_refresh_error not in get_args(OnRefreshError):
-        raise ValueError(f'on_refresh_error="{on_refresh_error}": expected one of "raise", "warn"')
+    check_policy(on_refresh_error)
     optimizer.safety = geometry  # type: ignore[attr-defined]
     hooks: dict[str, Callable[..., Any]] = {}
     if geometry.active:
-        _check_groups(optimizer)
+        check_groups(optimizer)
         protection = _Protection(geometry, on_refresh_error)
         hooks = {
             "_optimizer_step_pre_hooks": protection.before,
@@ -216,7 +215,7 @@ class _Protection:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Make the first estimate; refuse what cannot be protected before anything has moved."""
         self._protects = False
-        _check_groups(optimizer)
+        check_groups(optimizer)
         params = protected_parameters(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
         if is_inert(optimizer, params, closure):
@@ -244,12 +243,13 @@ class _Protection:
         """Map the parameters back and refresh the subspace where it is time."""
         if not self._protects:
             return
+        self._protects = False  # a subclass's step around its parent's has these hooks twice
         params = self._geometry.spanned
         try:
             with at_average(optimizer, params, self._geometry):
                 self._geometry.after_step(params, largest_learning_rate(optimizer))
         except Exception as error:
-            self._report(error)
+            report(error, self._policy)
 
     def save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Add the geometry to a state."""
@@ -309,26 +309,11 @@ class _Protection:
                 "params: sparse gradients cannot be protected; use protect=False, or layers with "
                 "sparse=False"
             )
-        lost = not _all_finite(gradients)
+        lost = not all_finite(gradients)
         if not Layout.of(params).any(lost, params[0].device):
             return True
-        self._report(
-            FloatingPointError(
-                "the task gradient is not finite, and the step has not been taken; skip such "
-                "batches, or lower the learning rate"
-            )
-        )
+        report(not_finite(), self._policy)
         return False
-
-    def _report(self, error: Exception) -> None:
-        if self._policy == "raise":
-            raise error
-        warnings.warn(
-            "safeopt: this step is not protected, or its refresh is postponed "
-            f"({type(error).__name__}: {error})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
 
 def _load(
@@ -356,7 +341,33 @@ def _whole_state(optimizer: Optimizer, registries: Sequence[str]) -> dict[str, A
     return state
 
 
-def _check_groups(optimizer: Optimizer) -> None:
+def check_policy(on_refresh_error: OnRefreshError) -> None:
+    """Raise a ValueError if ``on_refresh_error`` is unknown."""
+    if on_refresh_error not in get_args(OnRefreshError):
+        raise ValueError(f'on_refresh_error="{on_refresh_error}": expected one of "raise", "warn"')
+
+
+def not_finite() -> FloatingPointError:
+    """What is raised, or warned of, before a step with such gradients."""
+    return FloatingPointError(
+        "the task gradient is not finite, and the step has not been taken; skip such batches, or "
+        "lower the learning rate"
+    )
+
+
+def report(error: Exception, policy: OnRefreshError) -> None:
+    """Raise an error, or warn of it, as ``on_refresh_error`` says."""
+    if policy == "raise":
+        raise error
+    warnings.warn(
+        "safeopt: this step is not protected, or its refresh is postponed "
+        f"({type(error).__name__}: {error})",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def check_groups(optimizer: Optimizer) -> None:
     """Refuse protected groups with options or parameters that cannot be protected."""
     for group in optimizer.param_groups:
         if not group.get("protect", True):
@@ -375,7 +386,7 @@ def _check_groups(optimizer: Optimizer) -> None:
             )
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
+def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all numbers are finite; reads each once."""
     filled = [t for t in tensors if t.numel()]
     # The 2-norm is much faster than the largest entry, but that of finite numbers can overflow.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -71,11 +72,21 @@ def safeguard(
                 f"optimizer={name}: it wraps another optimizer; safeguard that one, and wrap it "
                 "afterwards"
             )
+    geometry = SafetyGeometry(probe, config_of(options))
+    attach(optimizer, geometry, on_refresh_error)
+    optimizer.restore = partial(restore, optimizer, geometry)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def config_of(options: Mapping[str, Any]) -> SafetyConfig:
+    """The configuration that a caller's options make.
+
+    Raises:
+        TypeError: if one is unknown.
+        ValueError: if one is out of its range.
+    """
     unknown = sorted(set(options) - set(SafetyConfig.__dataclass_fields__))
     if unknown:
         known = ", ".join(SafetyConfig.__dataclass_fields__)
         raise TypeError(f"options: {', '.join(unknown)} is unknown; expected some of: {known}")
-    geometry = SafetyGeometry(probe, SafetyConfig(**options))
-    attach(optimizer, geometry, on_refresh_error)
-    optimizer.restore = partial(restore, optimizer, geometry)  # type: ignore[attr-defined]
-    return optimizer
+    return SafetyConfig(**options)

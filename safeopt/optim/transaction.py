@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from safeopt.distributed import Layout, local
+
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
@@ -35,14 +37,16 @@ def whole_or_not_at_all(
 
     def before_move() -> None:
         if not kept:
-            kept.extend([p.detach().clone() for p in params])
+            kept.extend([part.detach().clone() for part in map(local, params)])
 
     try:
         yield before_move
     except BaseException:
         with torch.no_grad():
             for p, value in zip(params if kept else (), kept, strict=True):
-                p.copy_(value)
+                local(p).copy_(value)
+        if kept:
+            Layout.of(params).publish()
         vars(geometry).update(own)
         geometry.history[:] = history
         vars(rota).update(turns)
