@@ -21,7 +21,7 @@ if tokenizer.pad_token is None:
 def encode(line):
     """One conversation as token ids."""
     text = tokenizer.apply_chat_template(line["messages"], tokenize=False)
-    return tokenizer(text, truncation=True, max_length=512)
+    return tokenizer(text, truncation=True, max_length=512, add_special_tokens=False)
 
 
 rows = load_dataset("json", data_files=here.train, split="train")

@@ -159,6 +159,10 @@ def master_of(p: Tensor | None) -> Master | None:
     return getattr(p, _MASTER, None)
 
 
+def _nothing() -> None:
+    """What is called after a write that concerns no other rank; a lambda cannot be pickled."""
+
+
 class Layout:
     """How some parameters lie over the processes.
 
@@ -174,7 +178,7 @@ class Layout:
         parts: Sequence[Part | Range | None],
         group: dist.ProcessGroup | None = None,
         replicas: int = 1,
-        publish: Callable[[], None] = lambda: None,
+        publish: Callable[[], None] = _nothing,
     ) -> None:
         self.parts = list(parts)
         self.replicas = replicas

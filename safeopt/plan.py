@@ -25,6 +25,7 @@ from safeopt.curvature.bases.compressed import SMALL
 from safeopt.curvature.bases.tucker import STORED
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.finetuning.adapter import default_lora
+from safeopt.losses import forward_arguments
 from safeopt.models import cause_of
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.examples import held_beside
@@ -162,10 +163,10 @@ def plan(
     total = sum(p.numel() for p in network.parameters())
     layers = _linear_layers(network)
     if lora is None:
-        whole_ids = _kept_whole(network)
+        plain = {name: entry for name, entry in layers.items() if _is_factored(entry[0])}
+        whole_ids = _kept_whole(network, {layer for layer, _ in plain.values()})
         shapes = [p.shape for p in network.parameters()]
         whole = [id(p) in whole_ids for p in network.parameters()]
-        plain = {name: entry for name, entry in layers.items() if _is_factored(entry[0])}
         trained_layers = _sites(plain, assumed, set())
         size, own = dtype.itemsize, 0
     else:
@@ -250,15 +251,17 @@ def meta_model(config: Any, name: str) -> nn.Module:
 def _is_factored(layer: nn.Module) -> bool:
     """Whether `safeopt.per_example` knows a layer's gradient as a product of two factors.
 
-    Others, such as GPT-2's and Falcon's own linear layers, keep a gradient for each example.
+    Others, such as GPT-2's and Falcon's own linear layers, keep a gradient for each example, and so
+    do those that `_linear_layers` leaves out.
     """
     return type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
 
 
-def _kept_whole(network: nn.Module) -> set[int]:
+def _kept_whole(network: nn.Module, factored: set[Any]) -> set[int]:
     """Identities of the parameters whose gradients are kept for each example, not as factors."""
+    factored = factored | {x for x in network.modules() if type(x).forward is nn.Embedding.forward}
     owned = [(x, name, p) for x in network.modules() for name, p in x.named_parameters("", False)]
-    return {id(p) for x, name, p in owned if not (_is_factored(x) and name == "weight")}
+    return {id(p) for x, name, p in owned if not (x in factored and name == "weight")}
 
 
 def _sides(layer: Any) -> tuple[int, int]:
@@ -270,7 +273,9 @@ def _sides(layer: Any) -> tuple[int, int]:
 def _linear_layers(network: nn.Module) -> dict[str, tuple[Any, int]]:
     """Linear layers by name, each with a number that layers with the same input share.
 
-    Where the model does not run without weights, each layer counts as one with its own input.
+    Those that are given the tokens of all examples in one row, as OPT's, are left out: see
+    `safeopt.per_example`. Where the model does not run without weights, each layer counts as one
+    with its own input.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -279,24 +284,31 @@ def _linear_layers(network: nn.Module) -> dict[str, tuple[Any, int]]:
     found: dict[str, tuple[Any, int]]
     found = {name: (layer, -number) for number, (layer, name) in enumerate(names.items(), start=1)}
     inputs: list[torch.Tensor] = []  # kept, so that no two of them have the same identity
+    flattened: set[str] = set()
 
     def note(layer: Any, args: Any) -> None:
         inputs.append(args[0])
         found[names[layer]] = (layer, id(args[0]))
+        if args[0].dim() < 3:
+            flattened.add(names[layer])
 
     handles = [layer.register_forward_pre_hook(note) for layer in names]
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     # A mask that is ready: to make one, transformers looks at values, which a meta tensor lacks.
-    mask = torch.zeros(1, 1, 2, 2, device="meta")
+    mask = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16, device="meta")
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in forward_arguments(network):  # OPT would count them from a plain mask
+        arguments["position_ids"] = ids
+    network.to(torch.bfloat16)  # experts' products know no other dtype on the meta device
     try:
         with torch.no_grad():
-            network(input_ids=ids, attention_mask=mask, use_cache=False)
+            network(**arguments)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         logger.info("the model does not run on the meta device: %s", error)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {name: entry for name, entry in found.items() if name not in flattened}
 
 
 def _adapters(network: nn.Module, rank: int, name: str) -> list[tuple[str, torch.Size]]:

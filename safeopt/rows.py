@@ -7,7 +7,7 @@ the rows multiply, and one parameter's part of them at a time. `DenseRows` keeps
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -263,6 +263,11 @@ def mixed(weights: Tensor, block: Tensor) -> Tensor:
     """Linear combinations of rows: ``weights (k, m)`` times ``block (m, *shape)``."""
     with exact_products(block.device):
         return (weights.to(block) @ as_matrix(block)).view(weights.shape[0], *block.shape[1:])
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype with the largest rounding unit."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def row_dtype(p: Tensor) -> torch.dtype:

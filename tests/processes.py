@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,21 @@ _LIMIT = 240  # seconds; ten times what most sets take, where many share a proce
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(*args)`` in ``ranks`` processes; what each returned, by rank.
 
-    ``ranks=0``: one process without a group.
+    ``ranks=0``: one process without a group. Where one dies of a signal all begin again, once: in
+    some forty runs of the suite a thread of gloo's own freed memory twice.
     """
+    try:
+        return _run_ranks(ranks, function, args)
+    except _DiedError as error:
+        warnings.warn(f"a process died and all were started again: {error}", stacklevel=2)
+    return _run_ranks(ranks, function, args)
+
+
+class _DiedError(AssertionError):
+    """A process was ended by a signal."""
+
+
+def _run_ranks(ranks: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         workers = [
             _CONTEXT.Process(target=_work, args=(rank, ranks, folder, function, args))
@@ -45,33 +59,37 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]
         try:
             for worker in workers:
                 worker.start()
-            wrong = _wait(workers, Path(folder))
+            _wait(workers, Path(folder))
         finally:
             for worker in workers:
                 if worker.is_alive():
                     worker.kill()
-        assert not wrong, wrong
         paths = [Path(folder, f"{rank}.pt") for rank in range(len(workers))]
         return [torch.load(path, weights_only=False) for path in paths]
 
 
-def _wait(workers: list[Any], folder: Path) -> str:
-    """Until all are done or one has failed, which the others would wait for in vain; what failed.
+def _wait(workers: list[Any], folder: Path) -> None:
+    """Wait until all are done.
 
-    Where they run into the limit: what each was doing.
+    Raises:
+        AssertionError: if one has failed, which the others would wait for in vain, or they run into
+            the limit; with what the failed one, or each, was doing.
     """
     end = time.monotonic() + _LIMIT
     while True:
         running = {w.sentinel: rank for rank, w in enumerate(workers) if w.is_alive()}
-        if failed := {rank: w.exitcode for rank, w in enumerate(workers) if w.exitcode}:
-            return f"exit codes by rank: {failed}\n" + _said(folder, failed)
+        if any(w.exitcode for w in workers):
+            time.sleep(1)  # those that fail because another one died may be seen before it
+            failed = {rank: w.exitcode for rank, w in enumerate(workers) if w.exitcode}
+            kind = _DiedError if min(failed.values()) < 0 else AssertionError
+            raise kind(f"exit codes by rank: {failed}\n" + _said(folder, failed))
         if not running:
-            return ""
+            return
         if not multiprocessing.connection.wait(list(running), max(end - time.monotonic(), 0)):
             for rank in running.values():
                 os.kill(workers[rank].pid, signal.SIGUSR1)
             time.sleep(1)  # while they write
-            return f"not done after {_LIMIT} s\n" + _said(folder, running.values())
+            raise AssertionError(f"not done after {_LIMIT} s\n" + _said(folder, running.values()))
 
 
 def _said(folder: Path, ranks: Iterable[int]) -> str:

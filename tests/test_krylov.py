@@ -211,6 +211,14 @@ def test_gives_up_and_says_so(solver, caplog):
     assert result.residuals.max() > 1e-9
 
 
+def test_fewer_pairs_than_asked_for_have_not_converged(caplog):
+    """On the identity every pair that was found is exact."""
+    result = lanczos(Dense(torch.eye(SIZE)), 6, max_products=4)
+    assert len(result.eigenvalues) == result.basis.rank == 4
+    assert not result.converged
+    assert "2 of 6 eigenpairs have not converged" in caplog.text
+
+
 def drifted(size, seed=1, count=SIZE):
     """A matrix whose eigenvectors have turned by about ``size``, and the old top eigenvectors."""
     values = decaying(count)
@@ -258,6 +266,16 @@ def test_start_of_another_rank(count):
     operator = Dense(matrix)
     result = block_krylov(operator, 6, start=as_basis(vectors[:count]), tolerance=1e-7)
     check(result, operator, (values[:6], vectors[:6]), 1e-7)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_start_without_a_direction(solver):
+    values = decaying()
+    matrix, vectors = matrix_of(values)
+    operator = Dense(matrix)
+    result = SOLVERS[solver](operator, 6, start=as_basis(vectors[:0]))
+    check(result, operator, (values[:6], vectors[:6]), 1e-3, angle=0.02, error=1e-5)
+    assert result.cold
 
 
 def test_dependent_start_vectors():
@@ -328,9 +346,14 @@ def test_errors_name_the_argument(solver):
         ({"rank": 3, "which": "top"}, 'which="top"'),
         ({"rank": 3, "tolerance": 0.0}, "tolerance=0.0"),
         ({"rank": 8, "subspace": 9}, "subspace=9"),
+        ({"rank": 3, "subspace": 0}, "subspace=0"),
+        ({"rank": 3, "max_products": 0}, "max_products=0"),
+        ({"rank": 3, "start": as_basis(torch.eye(2, 9), [(9,)])}, "start: a basis over 1 param"),
     ):
         with pytest.raises(ValueError, match=text):
             SOLVERS[solver](operator, **options)
+    with pytest.raises(ValueError, match="block=-1"):
+        block_krylov(operator, 3, block=-1)
     operator.matrix = torch.full((SIZE, SIZE), float("nan"), dtype=torch.float64)
     with pytest.raises(ValueError, match="not finite"):
         SOLVERS[solver](operator, 3)

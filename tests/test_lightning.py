@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import lightning
 import pytest
@@ -124,6 +125,40 @@ def test_the_module_is_left_without_the_hook(tmp_path):
     trainer.optimizers[0].safety.step_count += 1  # as if a step had been taken since
     module.state_dict()
     assert trainer.optimizers[0].safety.passes.forward == passes
+
+
+def test_an_interrupted_fit_is_forgotten_by_the_next(tmp_path, monkeypatch):
+    """Lightning tears nothing down after an exception."""
+
+    class Interrupted(Exception):
+        pass
+
+    def training_step(self, batch):
+        if self.global_step == 1:
+            raise Interrupted
+        return self.model(**batch).loss
+
+    module, callback = Module(), SafetyCallback()
+    options = {
+        "accelerator": "cpu", "max_steps": 3, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "enable_checkpointing": False,
+    }  # fmt: skip
+    first = lightning.Trainer(callbacks=[callback], **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(Module, "training_step", training_step)
+        with pytest.raises(Interrupted):
+            first.fit(module, Loader())
+    copied = pickle.loads(pickle.dumps(module))
+    assert all(map(torch.equal, final(copied), final(module)))
+    copied.state_dict()
+    (old,) = first.optimizers
+    passes = old.safety.passes.forward
+    lightning.Trainer(callbacks=[SafetyCallback()], **options).fit(module, Loader())
+    module.state_dict()
+    assert old.safety.step_count == 1
+    assert old.safety.passes.forward == passes, "its optimizer is not asked to restore"
+    lightning.Trainer(callbacks=[callback], **options).fit(module, Loader())
+    assert not module._state_dict_pre_hooks
 
 
 def test_what_cannot_be_protected_is_refused_before_the_first_step(tmp_path):

@@ -161,6 +161,26 @@ def test_a_resumed_run_keeps_the_reference(tmp_path, restoring):
     assert ends[0]["scheduler"] == ends[1]["scheduler"]
 
 
+def test_a_run_that_is_repeated_keeps_the_reference(tmp_path, monkeypatch):
+    """The model has been trained by then; so has one whose batch was too large in the middle."""
+    run, watch, _ = watched(tmp_path, every=1, trainer_options={"auto_find_batch_size": True})
+    step, failures = run.training_step, [RuntimeError("CUDA out of memory.")]
+
+    def training_step(*args, **kwargs):
+        if run.state.global_step == 4 and failures:
+            aligned.append(watch.monitor.reference)
+            raise failures.pop()
+        return step(*args, **kwargs)
+
+    aligned = []
+    monkeypatch.setattr(run, "training_step", training_step)
+    run.train()
+    assert watch.monitor.history[-1].step == 10
+    run.train()
+    assert watch.monitor.reference == aligned[0]
+    assert not unwrapped(run.optimizer)._optimizer_step_post_hooks, "nobody follows it any more"
+
+
 def test_wrong_options_are_named_before_the_first_step(tmp_path):
     run, _, _ = watched(tmp_path, action="panic")
     with pytest.raises(ValueError, match='action="panic"'):

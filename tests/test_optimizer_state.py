@@ -369,6 +369,20 @@ def test_state_of_a_probe_with_other_held_examples_is_refused():
             other.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("other", [{"trial_examples": 5}, {"seed": 1}, "probe"])
+def test_state_of_other_trial_examples_is_refused(other):
+    """What they have lost is told from a loss that was measured on the same ones."""
+    model, optimizer = build("ProjectedAdamW")
+    run(model, optimizer, 1)
+    model = tiny_llama(layers=1)
+    if other == "probe":
+        other = {"probe": SafetyProbe(model, [safety_batch(seed=seed) for seed in range(3)])}
+    _, different = build("ProjectedAdamW", model=model, **other)
+    with pytest.raises(ValueError, match="saved with the trial examples"):
+        different.load_state_dict(optimizer.state_dict())
+    assert different.safety.subspace is None
+
+
 def test_state_of_another_selection_of_held_examples_is_refused(monkeypatch):
     """Also where as many of them take turns."""
     monkeypatch.setattr("safeopt.optim.geometry._MOST_HELD", 3)

@@ -25,6 +25,7 @@ from quadratic import probe_of as quadratic_probe
 from tiny_models import VOCAB, task_step, tiny_llama, trainable
 from tolerances import COORDINATE
 from torch import nn
+from torch.optim import SGD
 from torch.optim import lr_scheduler as schedules
 
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyConfig, safeguard
@@ -405,6 +406,33 @@ def test_clearing_gradients(name):
     assert optimizer.safety.step_count == 3
 
 
+@pytest.mark.parametrize("base", [ProjectedAdamW, SGD])
+def test_a_subclass_that_calls_its_parents_step_takes_one_step(base):
+    """torch runs an optimizer's hooks around both of them."""
+
+    class Clipping(base):
+        def step(self, closure=None):
+            torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1e6)
+            return super().step(closure)
+
+    def train(cls):
+        model = tiny_llama(layers=1)
+        probe = probe_of(model)
+        own = {"probe": probe, "rank": 8} if base is ProjectedAdamW else {}
+        optimizer = cls(trainable(model), lr=1e-2, **own)
+        if not own:
+            safeguard(optimizer, probe, rank=8)
+        run(model, optimizer, 5)
+        return model, optimizer.safety
+
+    model, safety = train(base)  # the parent's own step has its hooks from now on
+    twin, own = train(Clipping)
+    assert own.step_count == 5
+    assert own.history == safety.history
+    assert own.coupling == safety.coupling > 0
+    assert equal(model.parameters(), twin.parameters())
+
+
 @names
 def test_hooks_of_the_user_run_around_the_protected_step(name):
     model, optimizer = build(name, mode="project", refresh=NEVER)
@@ -505,6 +533,22 @@ def test_finite_gradients_whose_norm_overflows_are_no_error(name):
     task_step(model, 0)
     trainable(model)[0].grad.fill_(1e30)
     optimizer.step()
+    assert optimizer.safety.step_count == 1
+
+
+@names
+def test_parameters_that_overflow_do_not_spread(name):
+    """Mapped back, one number that is not finite would take all parameters with it."""
+    model, optimizer = build(name, refresh=NEVER)
+    run(model, optimizer, 1)
+    first, *others = trainable(model)
+    task_step(model, 1)
+    with torch.no_grad():
+        first.view(-1)[0] = math.inf
+    with pytest.raises(FloatingPointError, match="parameters are not finite"):
+        optimizer.step()
+    assert int((~first.isfinite()).sum()) == 1
+    assert all(bool(p.isfinite().all()) for p in others)
     assert optimizer.safety.step_count == 1
 
 

@@ -96,7 +96,14 @@ LAYERS_OF_THEIR_OWN = {
     "falcon": lambda: built(
         "Falcon", hidden_size=48, new_decoder_architecture=True, num_kv_heads=1
     ),
-}
+    "tokens of all examples in one row": lambda: built(
+        "OPT", hidden_size=48, ffn_dim=768, word_embed_proj_dim=48
+    ),
+    "tokens in one row behind experts": lambda: built(
+        "Qwen2Moe", hidden_size=48, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=48, shared_expert_intermediate_size=384,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAYERS_OF_THEIR_OWN)

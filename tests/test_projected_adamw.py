@@ -3,10 +3,12 @@
 import pytest
 import torch
 from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, probe_of, run
+from quadratic import Quadratic, dense_basis, orthogonal
+from quadratic import probe_of as quadratic_probe
 from tiny_models import task_step, tiny_llama, trainable, with_lora
 from tolerances import COORDINATE
 
-from safeopt import ProjectedAdamW, RefreshPolicy, safeguard
+from safeopt import ProjectedAdamW, RefreshPolicy, SafetySAM, safeguard
 
 names = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -178,6 +180,35 @@ def test_schedulers_set_the_learning_rate(name):
             assert equal(model.parameters(), params)
     assert rates == pytest.approx([0, 0.0025, 0.005])
     assert optimizer.safety.step_count == 2
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_coupling_follows_a_learning_rate_that_jumps(guarded):
+    """‖Λ^½UᵀHg‖ of the last gradient, by the rate with which it was followed."""
+    spread = orthogonal(12)
+    hessian = spread @ torch.linspace(0.5, 3, 12).double().diag() @ spread.T
+    generator = torch.Generator().manual_seed(1)
+    slope, *directions = torch.randn(7, 12, generator=generator).double()
+    model = Quadratic(hessian, slope)
+    options = {"rank": 4, "trial_examples": 1, "refresh": NEVER}
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    probe = quadratic_probe(model, torch.stack(directions))
+    if guarded:
+        optimizer = safeguard(sgd, probe, mode="none", **options)
+    else:
+        optimizer = SafetySAM(
+            sgd, probe=probe, rho=1e-9, mode="two_pass", protection="none", **options
+        )
+    before = None
+    for rate in (1e-3, 1e-1, 1e-4, 1e-4):
+        optimizer.param_groups[0]["lr"] = rate
+        gradient = model.task_gradient(model.moved)
+        optimizer.step(lambda: model.closure(optimizer))
+        if before is not None:
+            weights = optimizer.safety.subspace.eigenvalues.sqrt()
+            expected = float((weights * (dense_basis(optimizer).T @ hessian @ before)).norm())
+            assert optimizer.safety.coupling == pytest.approx(expected, rel=1e-6)
+        before = gradient
 
 
 def test_safeguard_changes_the_optimizer_it_is_given():

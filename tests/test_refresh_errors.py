@@ -86,6 +86,25 @@ def without_its_refresh(name):
 
 
 @names
+def test_ctrl_c_at_the_end_of_the_first_estimate(name, monkeypatch):
+    """It is made again by the next step, with all that belongs to it."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    expected = build(name, **OPTIONS)
+    run(*expected, 2)
+    model, optimizer = build(name, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr("safeopt.optim.geometry.log_odds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, optimizer, 1)
+    assert optimizer.safety.subspace is None
+    run(model, optimizer, 2)
+    assert same(picture(model, optimizer), picture(*expected))
+
+
+@names
 def test_a_refresh_that_fails_anywhere_leaves_the_step_alone(name, monkeypatch):
     """At every one of its passes: parameters, optimizer and geometry are as after the step."""
     expected, count = without_its_refresh(name), passes_of_a_refresh(name)

@@ -115,6 +115,15 @@ def test_without_protection_it_is_the_base_optimizer_bit_for_bit(name):
     assert equal(model.parameters(), twin.parameters())
 
 
+@pytest.mark.parametrize("base", [pytorch_optimizer.SPlus, schedulefree.AdamWScheduleFreeReference])
+def test_other_ways_to_evaluate_at_another_point_are_refused(base, monkeypatch):
+    """They keep x itself, or an average of another kind: what is mapped would be thrown away."""
+    monkeypatch.setitem(BASES, "other", base)
+    model, _, optimizer = build("other")
+    with pytest.raises(TypeError, match=f"optimizer={base.__name__}: it evaluates at another"):
+        train(model, optimizer, 1)
+
+
 @names
 def test_it_forgets_less_than_without(name):
     """The safety examples' loss rises less, with refreshes and restoring."""

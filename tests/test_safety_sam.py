@@ -14,6 +14,7 @@ from optimizer_table import probe_of as language_probe
 from pytorch_optimizer import SAM
 from quadratic import Quadratic, dense_basis, orthogonal, probe_of
 from safetensors.torch import load_file
+from schedulefree import AdamWScheduleFree
 from tiny_models import task_step, tiny_llama, trainable, with_lora
 from tolerances import relative_error
 from transformers import Trainer, TrainingArguments
@@ -714,6 +715,14 @@ def test_more_misuse():
     model, probe = problem()
     with pytest.raises(TypeError, match="base_optimizer='adam'"):
         SafetySAM(model.parameters(), "adam", probe=probe)
+    free = AdamWScheduleFree(model.parameters())
+    with pytest.raises(TypeError, match="base_optimizer=AdamWScheduleFree: it evaluates at"):
+        SafetySAM(free, probe=probe)
+    assert not hasattr(free, "safety")
+    bare = SafetySAM([{"params": model.parameters(), "protect": False}], probe=probe)
+    with pytest.raises(ValueError, match="no parameter is left to protect"):
+        bare.step(lambda: model.closure(bare))
+    assert all(p.grad is None for p in model.weights)
     optimizer = build(model, probe)
     with pytest.raises(ValueError, match="protected already"):
         build(model, probe, base=optimizer)

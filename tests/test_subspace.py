@@ -1,5 +1,7 @@
 """The safety subspace against dense float64 linear algebra."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,6 +85,16 @@ def test_rank_deficient_rows(dtype):
         values, basis = gram(repeated, 32)
         assert len(values) == basis.rank == 4
         assert identity_error(basis) < ORTHONORMAL[dtype]
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_rank_deficient_rows_of_two_dtypes(first):
+    """What float32 has rounded is no direction, wherever its parameter stands."""
+    dtypes = [first, torch.float32, torch.float64, torch.float32]
+    rows = [r.to(dtype) for r, dtype in zip(random_rows(4), dtypes, strict=True)]
+    mix = random_rows(9)[1].flatten(1)[:, :4]
+    repeated = [torch.einsum("ij,j...->i...", mix.to(r), r) for r in rows]
+    assert gram(repeated, 9)[1].rank == 4
 
 
 def test_more_rows_than_parameters():
@@ -239,6 +251,12 @@ def test_a_window_smaller_than_the_new_examples_keeps_them_all():
     subspace, _, _ = update(None, random_params(), 0, count=4)
     subspace, _, losses = update(subspace, random_params(), 1, count=4, held=1, window=3)
     assert torch.equal(subspace.window.losses, losses)
+
+
+def test_the_scale_outlives_the_window():
+    first, _, _ = update(None, random_params(), 0, count=4)
+    first.surrogate = replace(first.surrogate, scale=3.0)
+    assert update(first, random_params(), 1, count=4, window=4)[0].surrogate.scale == 3
 
 
 def test_examples_without_gradient_span_nothing():

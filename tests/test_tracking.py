@@ -74,6 +74,17 @@ def test_zero_eigenvalues_are_left_out():
     assert drift(Dense(matrix * 0), exact(matrix * 0)) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_pairs_than_the_matrix_has_are_kept(dtype):
+    """Eigenvalues at rounding level, as those of a Fisher matrix of few examples."""
+    values = torch.cat([torch.tensor([3.0, 2.0]).double(), decaying()[2:] * 0])
+    tracker = EigenspaceTracker(RANK)
+    tracker.update(Dense(matrix_of(values), dtype=dtype))
+    action, found = tracker.update(Dense(matrix_of(values), dtype=dtype))
+    assert (action, tracker.counts.cold) == ("kept", tracker.pairs.products)
+    assert found < 1e-4
+
+
 def test_a_space_of_zero_eigenvalues_does_not_stay():
     """Nothing of the first matrix speaks for it in another one."""
     matrix = matrix_of(decaying())

@@ -92,6 +92,24 @@ def test_a_checkpoint_for_the_best_evaluation_is_measured(tmp_path):
     assert {3, 6, 9, 12} <= measured_steps(run)
 
 
+class Save(TrainerCallback):
+    """Asks for a checkpoint at a step's end."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 3
+
+
+def test_a_checkpoint_that_a_later_callback_asks_for_is_measured(tmp_path):
+    run = trainer(tmp_path)
+    install(run)
+    run.add_callback(Save())
+    restored = []
+    measure = run.optimizer.restore
+    run.optimizer.restore = lambda: restored.append(run.state.global_step) or measure()
+    run.train()
+    assert restored[0] == 3
+
+
 # Ended before the first checkpoint, there is no best one to be loaded.
 BEST = {
     "load_best_model_at_end": True, "metric_for_best_model": "loss",

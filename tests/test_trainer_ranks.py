@@ -50,6 +50,8 @@ def results(tmp_path_factory):
         answers = zip(*run_ranks(ranks, without_compiling, tasks), strict=True)
         for (layout, kind, resume), each in zip(runs, answers, strict=True):
             found[layout, kind, resume is not None] = each
+    twice = (work.train_twice, folder / "twice", "zero2", "safeguard")
+    (found["twice"],) = zip(*run_ranks(2, without_compiling, [twice]), strict=True)
     return found
 
 
@@ -82,3 +84,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(results, layout, kind):
 @pytest.mark.parametrize("kind", work.KINDS)
 def test_a_checkpoint_of_two_processes_resumes_on_one(results, kind):
     assert_same(results["one", kind, True], results["one", kind, False][0], 1e-5)
+
+
+def test_another_engine_for_the_same_model_keeps_the_aligned_models_loss(results):
+    for mine in results["twice"]:
+        assert mine["reference"] == mine["first"]
+        assert mine["steps"] == 2 * work.STEPS

@@ -122,16 +122,18 @@ def test_a_probe_that_the_model_would_not_follow_is_told(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (None, "trainer: DeepSpeed ZeRO flattens parameters"),
+        ({"zero_stage": 3}, "trainer: DeepSpeed ZeRO 3 takes the parameters apart"),
         ({"fsdp_version": 1}, r"trainer: FullyShardedDataParallel \(FSDP1\) flattens parameters"),
         ({"fsdp_version": 2, "cpu_ram_efficient_loading": True}, "safety: with cpu_ram_efficient"),
     ],
 )
 def test_sharding_that_cannot_be_protected_is_refused_at_once(files, plugin, message):
     trainer = build(files / "out", model=aligned())
-    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = plugin is None, plugin is not None
-    if plugin is not None:
-        trainer.accelerator.state.fsdp_plugin = SimpleNamespace(**plugin)
+    trainer.is_deepspeed_enabled = "zero_stage" in plugin
+    trainer.is_fsdp_enabled = not trainer.is_deepspeed_enabled
+    kind = "deepspeed_plugin" if trainer.is_deepspeed_enabled else "fsdp_plugin"
+    state = SimpleNamespace(**{kind: SimpleNamespace(**plugin)})
+    trainer.accelerator = SimpleNamespace(state=state)
     with pytest.raises((TypeError, ValueError), match=message):
         protect(trainer, files / "prompts.jsonl")
     assert trainer.optimizer_cls_and_kwargs is None, "the trainer is as it was"
@@ -200,6 +202,37 @@ def test_wrong_arguments_are_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         protect(trainer, tiny_probe(trainer.model), **options)
     assert trainer.optimizer_cls_and_kwargs is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"nrak": 3}, TypeError, "options: nrak is unknown"),
+        ({"optimizer": "projected-adamw", "nrak": 3}, TypeError, "nrak"),
+        ({"optimizer": "safety-sam", "rho": -1}, ValueError, "rho=-1"),
+        ({"rank": 0}, ValueError, "rank=0"),
+    ],
+)
+def test_wrong_options_are_told_before_training(tmp_path, options, error, message):
+    trainer = build(tmp_path)
+    with pytest.raises(error, match=message):
+        protect(trainer, tiny_probe(trainer.model), **options)
+    assert trainer.optimizer_cls_and_kwargs is None
+
+
+@pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_in_the_backward_pass_are_refused(tmp_path, name):
+    """Their gradients are gone when their step is called: every step would seem to move nothing."""
+    trainer = build(tmp_path, optim=name)
+    with pytest.raises(ValueError, match=f'optim="{name}": it moves the parameters inside'):
+        protect(trainer, tiny_probe(trainer.model))
+
+
+def test_a_model_that_training_makes_anew_is_refused(tmp_path):
+    trainer = build(tmp_path)
+    trainer.model_init = lambda: with_lora(tiny_llama())
+    with pytest.raises(ValueError, match="model_init: train\\(\\) makes the model anew"):
+        protect(trainer, tiny_probe(trainer.model))
 
 
 def test_two_passes_need_the_mixin(tmp_path):
@@ -323,6 +356,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
     assert all(map(torch.equal, weights(resumed), weights(whole)))
 
 
+def test_a_checkpoint_without_the_optimizers_state_is_refused(tmp_path):
+    """Trainer would go on without it, and the drifted model would pass for the aligned one."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    guarded(tmp_path, **saving).train()
+    resumed = guarded(tmp_path, **saving)
+    with pytest.raises(ValueError, match="resume_from_checkpoint: the checkpoint holds no state"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_resumed_run_measures_the_distance_from_the_same_reference(files):
     """With KL the reference is the aligned model, though the checkpoint's has drifted from it."""
 
@@ -403,6 +445,20 @@ def test_the_best_model_is_loaded_as_it_was_saved(tmp_path):
     assert all(map(torch.equal, adapter_weights(trainer), adapter_file(best)))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_the_best_model_is_not_loaded_into_perturbed_parameters(tmp_path):
+    class Stop(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = guarded(
+        tmp_path, "safety-sam", options={"rho": 0.3}, callbacks=[Stop()], eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    trainer.evaluate()  # it returns to unperturbed parameters, which nobody may have written to
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -143,6 +143,21 @@ def test_a_resumed_run_is_watched_as_it_was_asked_for(tmp_path, prompts, restori
     assert again.monitor.history[-1].step == 4
 
 
+def test_a_run_that_is_repeated_is_measured_on_the_same_refusals(
+    tmp_path, prompts, caplog, monkeypatch
+):
+    text = prompts.read_text(encoding="utf-8").replace(REFUSAL, "")
+    prompts.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("safeopt.safety_examples.is_refusal", lambda answer: REFUSAL in answer)
+    callback = WatchCallback(prompts, every=1)
+    trainer, _ = train(tmp_path, [callback])
+    first, probe = callback.monitor.reference, callback.monitor.probe
+    trainer.train()
+    assert callback.monitor.reference == first
+    assert callback.monitor.probe is probe
+    assert sum("check before training" in said for said in messages(caplog)) == 1
+
+
 def test_a_check_that_fails_keeps_no_run_from_starting(tmp_path, caplog):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

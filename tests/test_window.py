@@ -178,3 +178,17 @@ def test_nonnegative_minimum_fulfils_its_conditions(size, seed):
     assert bool((alpha >= 0).all())
     assert float(slope.max()) <= 1e-8
     assert float((alpha * slope).abs().max()) <= 1e-8
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e3, 1e8])
+def test_nonnegative_minimum_is_free_of_scale(size):
+    """With gradients as many times as long the step is as many times shorter, however small."""
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+        matrix = rows @ rows.T
+        matrix = matrix + 0.1 * matrix.diagonal().diag()
+        vector = torch.randn(8, generator=generator, dtype=torch.float64)
+        expected = nonnegative_minimum(matrix, vector)
+        found = nonnegative_minimum(size**2 * matrix, vector) * size**2
+        assert relative_error(found, expected) < 1e-9

@@ -97,11 +97,26 @@ def train(folder: Path, layout: str, kind: str, resume: Path | None = None) -> d
     trainer = build(folder, layout, kind)
     checkpoint = None if resume is None else str(resume / f"checkpoint-{SAVED}")
     trainer.train(resume_from_checkpoint=checkpoint)
+    return outcome(trainer)
+
+
+def train_twice(folder: Path, layout: str, kind: str) -> dict[str, Any]:
+    """A second run after the first, with another engine: as auto_find_batch_size begins again."""
+    trainer = build(folder, layout, kind)
+    trainer.train()
+    first = safety_of(unwrapped(trainer.optimizer)).reference
+    trainer.model_wrapped = trainer.model
+    trainer.train()
+    return {**outcome(trainer), "first": first}
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
     safety = safety_of(unwrapped(trainer.optimizer))
     return {
         "params": [whole(p) for p in trainable(trainer.model)],
         "wrapped": type(trainer.model_wrapped).__name__,
         "steps": safety.step_count,
+        "reference": safety.reference,
         "refreshes": [entry.step for entry in safety.history],
         "backward_tokens": safety.passes.backward_tokens,
         "losses": [(entry.alignment_loss, entry.restored_to or 0.0) for entry in safety.history],

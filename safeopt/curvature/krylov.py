@@ -80,12 +80,12 @@ def lanczos(
         which: ``"magnitude"`` for the largest |λ|, ``"largest"`` for the largest λ.
         tolerance: largest relative residual ‖Hu − λu‖/|λ|.
         subspace: rows of V kept in memory, at least k + 2; by default 4k + 8.
-        max_products: where to give up, by default 100 + 30k.
-        start: an earlier basis, whose sum is the first vector; None for a random vector. What lies
-            in the earlier space is then found in k products, and all of its errors share the rest.
-            On matrices of the tests' kind with top eigenvectors turned by a few percent this took
-            12 to 15 products for k = 8, where `block_krylov` took 16 to 29 and a cold start 22 to
-            29.
+        max_products: where to give up, by default 100 + 30k. Fewer than k give fewer pairs.
+        start: an earlier basis on these parameters, whose sum is the first vector; None, or a basis
+            without a direction, for a random vector. What lies in the earlier space is then found
+            in k products, and all of its errors share the rest. On matrices of the tests' kind with
+            top eigenvectors turned by a few percent this took 12 to 15 products for k = 8, where
+            `block_krylov` took 16 to 29 and a cold start 22 to 29.
         seed: seed of the random vectors. Equal seeds give equal results.
 
     Returns:
@@ -99,14 +99,16 @@ def lanczos(
     """
     space = _Search(operator, rank, which, tolerance, seed)
     rank = space.rank
+    _check_counts(subspace=subspace, max_products=max_products)
     rows = min(space.size, subspace or 4 * rank + 8)
     if rows < min(space.size, rank + 2):
         raise ValueError(f"subspace={subspace}: rank={rank} needs at least {rank + 2} vectors")
     limit = max_products or 100 + 30 * rank
     v = space.empty(rows)
     t = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
-    first = space.random(1) if start is None else space.flat(start.blocks).sum(0, keepdim=True)
-    v[:1] = space.orthonormal(first, v[:0])
+    first = space.orthonormal(space.started(start).sum(0, keepdim=True), v[:0])
+    cold = not len(first)
+    v[:1] = space.orthonormal(space.random(1), v[:0]) if cold else first
     count = 0  # rows of V whose products are in T
     with operator.retained():
         while True:
@@ -121,7 +123,7 @@ def lanczos(
             done = count >= rank and space.converged(values, residuals)
             if done or count == space.size or space.spent >= limit:
                 ritz = mixed(vectors[:, :rank].T, v[:count])
-                return space.result(values, ritz, residuals, start is None)
+                return space.result(values, ritz, residuals, cold)
             if count == rows:
                 # Half of the room beyond k keeps directions that are about to be wanted.
                 count = rank + (rows - rank) // 2
@@ -157,7 +159,7 @@ def block_krylov(
         block: the most residuals that are multiplied at a time, and the random vectors of a cold
             start; 2 by default, k gives [U, HU, H²U, …]. Fewer spend fewer products, more share
             more passes where micro-batches are not kept, and separate multiple eigenvalues.
-        max_products: where to give up, by default 100 + 30k.
+        max_products: where to give up, by default 100 + 30k. Fewer than k give fewer pairs.
         start: an earlier basis of any rank on these parameters; None for random vectors. Where its
             directions all have residuals above half of their eigenvalues it is of no use, and the
             solver begins anew from random vectors.
@@ -174,6 +176,7 @@ def block_krylov(
     """
     space = _Search(operator, rank, which, tolerance, seed)
     rank = space.rank
+    _check_counts(subspace=subspace, block=block, max_products=max_products)
     rows = min(space.size, subspace or 4 * rank)
     if rows < min(space.size, 2 * rank):
         raise ValueError(f"subspace={subspace}: rank={rank} needs at least {2 * rank} vectors")
@@ -181,7 +184,7 @@ def block_krylov(
     wide = min(rows, block or 2)
     cold = start is None
     v, w = space.empty(rows), space.empty(rows)
-    fresh = space.random(wide) if start is None else space.flat(start.blocks)[:rows]
+    fresh = space.random(wide) if cold else space.started(start)[:rows]
     count = 0
     with operator.retained():
         while True:
@@ -219,6 +222,12 @@ def block_krylov(
                 fresh = fresh[: rows - count]
 
 
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1, or None for the default")
+
+
 def _useless(values: Tensor, residuals: Tensor) -> bool:
     return bool((residuals > _USELESS * values[: len(residuals)].abs()).all())
 
@@ -240,6 +249,23 @@ class _Search(RowSpace):
         self.which = which
         self.tolerance = tolerance
 
+    def started(self, basis: DenseBasis | None) -> Tensor:
+        """An earlier basis as rows; none for None.
+
+        Raises:
+            ValueError: if it is over other parameters than the operator.
+        """
+        if basis is None:
+            return self.empty()
+        shapes = [block.shape[1:] for block in basis.blocks]
+        if shapes != list(self.operator.shapes):
+            raise ValueError(
+                f"start: a basis over {len(shapes)} parameters with "
+                f"{sum(shape.numel() for shape in shapes)} numbers; the operator has "
+                f"{len(self.sizes)} with {self.size}, and their shapes have to agree"
+            )
+        return self.flat(basis.blocks)
+
     def ranked(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenpairs of the projected matrix, the wanted ones first."""
         values, vectors = torch.linalg.eigh((t + t.T) / 2)
@@ -257,17 +283,17 @@ class _Search(RowSpace):
         return bool(self.met(values, residuals).all())
 
     def result(self, values: Tensor, vectors: Tensor, residuals: Tensor, cold: bool) -> Eigenpairs:
-        converged = self.converged(values, residuals)
-        if not converged:
+        missing = self.rank - int(self.met(values, residuals).sum())
+        if missing:
             logger.warning(
                 "%d of %d eigenpairs have not converged after %d products",
-                int((~self.met(values, residuals)).sum()), self.rank, self.spent,
+                missing, self.rank, self.spent,
             )  # fmt: skip
         return Eigenpairs(
             eigenvalues=values[: self.rank].clone(),
             basis=DenseBasis([block.clone() for block in self.blocks(vectors)]),
             residuals=residuals[: self.rank].clone(),
             products=self.spent,
-            converged=converged,
+            converged=not missing,
             cold=cold,
         )

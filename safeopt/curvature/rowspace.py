@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.basis import inner_products
-from safeopt.rows import exact_products
+from safeopt.rows import as_matrix, exact_products
 
 
 class SymmetricOperator(Protocol):
@@ -77,7 +77,7 @@ class RowSpace:
     def flat(self, blocks: Sequence[Tensor]) -> Tensor:
         """Blocks of tensors as rows; a copy."""
         device, dtype = self.operator.device, self.operator.dtype
-        return torch.cat([b.reshape(b.shape[0], -1).to(device, dtype) for b in blocks], dim=1)
+        return torch.cat([as_matrix(b).to(device, dtype) for b in blocks], dim=1)
 
     def blocks(self, rows: Tensor) -> list[Tensor]:
         """Rows as blocks of tensors; views."""

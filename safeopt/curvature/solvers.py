@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.basis import Basis, DenseBasis, WindowRows
-from safeopt.rows import DenseRows
+from safeopt.rows import DenseRows, coarsest
 
 # Directions below this share of the largest eigenvalue are rounding, not curvature.
 _RELATIVE_FLOOR = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -39,7 +39,7 @@ def gram(
         rows: G, one tensor for each parameter, shape ``(m, *p.shape)``, float32 or float64, or any
             other storage, see `safeopt.curvature.basis`. Fold weights in beforehand, as √w_i g_i.
         rank: the largest number of directions wanted, at least 1.
-        dtype: in which the rows were computed, if they are no tensors.
+        dtype: the coarsest in which the rows were computed, if they are no tensors.
 
     Returns:
         Eigenvalues, shape ``(k,)``, float64, largest first, and the basis; k is at most ``rank``
@@ -55,7 +55,7 @@ def gram(
             f"rank={rank}: the safety subspace needs at least one direction (rank >= 1)"
         )
     if isinstance(rows, Sequence):
-        dtype = rows[0].dtype
+        dtype = coarsest(row.dtype for row in rows)
         none = torch.zeros(0, 0, dtype=torch.float64, device=rows[0].device)
         rows = DenseBasis([row[:0] for row in rows]).window(none, DenseRows(rows))
     assert dtype is not None

@@ -26,7 +26,7 @@ from safeopt.curvature.solvers import gram
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
 from safeopt.distributed import ALONE, Layout
-from safeopt.rows import DenseRows, GradientRows
+from safeopt.rows import DenseRows, GradientRows, coarsest
 
 
 @dataclass
@@ -106,17 +106,17 @@ def updated_subspace(
     tokens, targets = tokens.to(fresh), targets.to(fresh)
     value = float(fresh[targets.isnan()].mean())
     kept = 0 if previous is None else min(window - len(fresh), len(previous.window))
-    scale = 1.0
+    scale = 1.0 if previous is None else previous.surrogate.scale
     basis = empty_basis(kind, params, layout) if previous is None else previous.basis
     carried = torch.zeros(0, basis.rank, dtype=torch.float64, device=fresh.device)
     if previous is not None and kept > 0 and previous.rank > 0:
         old = previous.window.moved(previous.coordinates(params)).latest(kept)
-        carried, scale = old.coefficients, previous.surrogate.scale
+        carried = old.coefficients
         fresh = torch.cat([old.losses, fresh])
         tokens, targets = torch.cat([old.tokens, tokens]), torch.cat([old.targets, targets])
     new = DenseRows(rows, layout) if isinstance(rows, Sequence) else rows
     together = basis.window(carried, new)
-    eigenvalues, basis = gram(together, rank, new.dtypes[0])
+    eigenvalues, basis = gram(together, rank, coarsest(new.dtypes))
     eigenvalues = eigenvalues / len(fresh)
     examples = Window(together.coordinates(basis), fresh, tokens, targets)
     gradient = examples.coefficients[examples.safety].mean(0)

@@ -67,8 +67,8 @@ def drift(
 
     Returns:
         0 where the space is still invariant, 1 where as much leaves it as stays, infinity where H
-        maps it to nothing of itself. Pairs with λ = 0 are left out; where all are, infinity unless
-        H still maps them to zero.
+        maps it to nothing of itself. Pairs with λ = 0 to rounding are left out; where all are,
+        infinity unless H still maps them to zero.
 
     Raises:
         ValueError: if ``products`` is smaller than 1.
@@ -76,10 +76,11 @@ def drift(
     if products < 1:
         raise ValueError(f"products={products}: at least one combination of the eigenvectors")
     values = pairs.eigenvalues
-    live = (values.abs() > 1e-12 * values.abs().max()).nonzero().squeeze(1)
+    space = RowSpace(operator, seed)
+    # A residual at rounding level counts as converged; of smaller eigenvalues it is a large share.
+    live = (values.abs() > 10 * space.rounding(values)).nonzero().squeeze(1)
     if zero := not len(live):
         live, values = torch.arange(len(values), device="cpu"), torch.ones_like(values)
-    space = RowSpace(operator, seed)
     basis = space.flat(pairs.basis.blocks)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (products, len(live)), generator=generator, device="cpu") * 2.0 - 1

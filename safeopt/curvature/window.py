@@ -168,8 +168,10 @@ def nonnegative_minimum(matrix: Tensor, vector: Tensor) -> Tensor:
             if not bool(blocked.any()):
                 alpha = trial
                 break
-            part = (alpha[blocked] / (alpha[blocked] - trial[blocked])).min()
-            alpha = alpha + part * (trial - alpha)
-            free &= alpha > tolerance
+            # Who stops the move is known by its share of it: no size of α is small by itself.
+            way = (alpha - trial).clamp(min=torch.finfo(alpha.dtype).tiny)
+            parts = torch.where(blocked, alpha / way, torch.inf)
+            alpha = alpha + parts.min() * (trial - alpha)
+            free &= parts > parts.min()
             alpha = alpha * free
     return alpha

@@ -66,7 +66,8 @@ def protect(
     Returns:
         The engine's optimizer, now with the attribute ``safety`` (its `SafetyGeometry`) and the
         method ``restore()``; call that before ``engine.save_checkpoint``. The protection travels in
-        the engine's checkpoints. There is no ``safety.coupling``: the engine clears the gradients
+        the engine's checkpoints; where a second engine trains the same model on, with the same
+        ranks and groups, ``continue_from(safety)`` takes over the first one's. There is no ``safety.coupling``: the engine clears the gradients
         in the step.
 
     Raises:
@@ -94,6 +95,7 @@ def protect(
         probe.divide(zero.dp_process_group)
     protection = _Protection(zero, geometry, params, on_refresh_error)
     zero.safety, zero.restore = geometry, protection.restore
+    zero.continue_from = protection.continue_from
     if geometry.active:
         zero.step = protection.step
         zero.state_dict, zero.load_state_dict = protection.state_dict, protection.load_state_dict
@@ -215,9 +217,18 @@ class _Protection:
             check_state(state, self._params, self._geometry)
         self._own_load(state_dict_list, load_optimizer_states=load_optimizer_states, **options)
         if state is not None:
-            load_state(self._geometry, state, self._params)
-            present = self._geometry.subspace is not None
-            self._geometry.spanned = self._params if present else []
+            self._load(state)
+
+    def continue_from(self, geometry: SafetyGeometry) -> None:
+        """Go on from the state of another engine that has trained the same parameters."""
+        state = pack_state(geometry)
+        check_state(state, self._params, self._geometry)
+        self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        load_state(self._geometry, state, self._params)
+        present = self._geometry.subspace is not None
+        self._geometry.spanned = self._params if present else []
 
     def _accepts(self) -> bool:
         """Whether the step's gradients can be protected, as `protection` decides it elsewhere."""

@@ -58,7 +58,8 @@ class SafetyCallback(Callback):
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches}: "
                 'mode="two_pass" can repeat the last batch of a step only; use mode="lookahead"'
             )
-        self._hook = pl_module.register_state_dict_pre_hook(lambda *args: _restore(trainer))
+        self.teardown(trainer, pl_module, "fit")  # Lightning leaves that out after an exception
+        self._hook = pl_module.register_state_dict_pre_hook(_before_saving)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -100,6 +101,12 @@ class SafetyCallback(Callback):
 def protected(trainer: Trainer) -> list[Any]:
     """The protected ones among a Trainer's optimizers."""
     return [o for o in trainer.optimizers if isinstance(getattr(o, "safety", None), SafetyGeometry)]
+
+
+def _before_saving(module: Any, *args: Any) -> None:
+    """Restore the module whose weights are collected, by the optimizers of its present fit."""
+    if module._trainer is not None:
+        _restore(module._trainer)
 
 
 def _restore(trainer: Trainer) -> None:

@@ -55,7 +55,10 @@ class MonitorCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Begin to watch; a resumed run continues with the first run's reference."""
+        """Begin to watch; a resumed or repeated run continues with the first run's reference."""
+        before = self.monitor
+        if before is not None:
+            before.close()  # it may have been interrupted: auto_find_batch_size begins again
         self.monitor = SafetyMonitor(
             unwrapped(kwargs["optimizer"]),
             self._probe,
@@ -64,6 +67,8 @@ class MonitorCallback(TrainerCallback):
         )
         if saved := self.saved(state):
             self.monitor.load_state_dict(saved)
+        elif before is not None and before.probe is self._probe:
+            self.monitor.reference = before.reference  # its model has been trained since
 
     def on_step_end(
         self,

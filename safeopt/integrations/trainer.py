@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,6 +34,7 @@ from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
 from safeopt.losses import Batch, refusal_nll
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
+from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.portable import in_process_group
 from safeopt.optim.safeguard import config_of
 from safeopt.probe import OPENING, SafetyProbe
@@ -78,12 +80,18 @@ def protect(
         ValueError: if a file is malformed, there is nothing to protect (the model does not refuse,
             or would not say the file's responses), or ``optimizer`` is given although the trainer
             has an optimizer or DeepSpeed; if a file is given, but the weights come with training
-            only (``cpu_ram_efficient_loading``).
+            only (``cpu_ram_efficient_loading``); if the trainer has a ``model_init``, or an option
+            is out of its range; see also `optimizer_cls_and_kwargs`.
 
     Cost: an answer of 32 tokens for each prompt that has no response, and one forward pass on at
     most 32 examples; then as `ProjectedAdamW`.
     """
     has_weights = _has_weights(trainer)
+    if getattr(trainer, "model_init", None) is not None:
+        raise ValueError(
+            "model_init: train() makes the model anew, and the one that is looked at now would not "
+            "be trained; give the Trainer a model"
+        )
     if any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
         require("trl")
     if keep_trainable(trainer.model):  # type: ignore[arg-type]
@@ -162,16 +170,24 @@ def optimizer_cls_and_kwargs(
         args: learning rate, betas, epsilon and weight decay are taken from here.
         probe: the safety examples.
         optimizer: a name from `safeopt.optimizers`; by default ``args.optim``, safeguarded.
-        model: for optimizers of ``args.optim`` that look at the model (GaLore, LOMO, …).
+        model: for optimizers of ``args.optim`` that look at the model (GaLore, APOLLO, …).
         **options: of the optimizer, or of `safeopt.safeguard`.
 
     Returns:
         What builds the optimizer from groups of parameters, and its keyword arguments.
 
     Raises:
-        ValueError: if ``optimizer`` is unknown.
+        TypeError: if an option is unknown.
+        ValueError: if ``optimizer`` is unknown, ``args.optim`` steps inside the backward pass (LOMO
+            and the layer-wise ones), or an option is out of its range.
     """
     if optimizer is None:
+        name = getattr(args.optim, "value", args.optim)
+        if "lomo" in name or "layerwise" in name:
+            raise ValueError(
+                f'optim="{name}": it moves the parameters inside the backward pass, where they '
+                "cannot be protected; use another one"
+            )
         build, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return _guarded(build, probe, options), arguments
     known = optimizers()
@@ -181,7 +197,9 @@ def optimizer_cls_and_kwargs(
     chosen: dict[str, Any] = {"lr": args.learning_rate, "probe": probe}
     if not issubclass(cls, PreconditionedSGD):
         chosen |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return cls, chosen | options
+    arguments = chosen | options
+    cls([nn.Parameter(torch.zeros(1))], **arguments)  # wrong options are told now, not in train()
+    return cls, arguments
 
 
 class SafetyTrainerMixin:
@@ -252,14 +270,18 @@ def _protect_engine(trainer: Any, probe: SafetyProbe, options: Mapping[str, Any]
     """Protect the DeepSpeed engine that ``train()`` will make, before it loads a checkpoint."""
     from safeopt.integrations import deepspeed
 
-    config_of({name: value for name, value in options.items() if name != "on_refresh_error"})
+    _check_options(options)
     prepare = trainer.accelerator.prepare
+    before: list[SafetyGeometry] = []
 
     def prepare_and_protect(*args: Any, **kwargs: Any) -> Any:
         prepared = prepare(*args, **kwargs)
         for each in prepared if isinstance(prepared, tuple) else (prepared,):
             if hasattr(each, "zero_optimization_stage"):
-                deepspeed.protect(each, probe, **options)
+                optimizer = deepspeed.protect(each, probe, **options)
+                if before:  # auto_find_batch_size begins again, with a model that was trained
+                    optimizer.continue_from(before.pop())
+                before.append(optimizer.safety)
         return prepared
 
     trainer.accelerator.prepare = prepare_and_protect
@@ -332,6 +354,7 @@ def _guarded(build: Any, probe: SafetyProbe, options: dict[str, Any]) -> Any:
     Trainer tells optimizer classes from factories, which are called twice: with nothing, and then
     with the model.
     """
+    _check_options(options)
     if not isinstance(build, type):
 
         def factory() -> Callable[..., Optimizer]:
@@ -347,3 +370,8 @@ def _guarded(build: Any, probe: SafetyProbe, options: dict[str, Any]) -> Any:
 
     Guarded.__name__, Guarded.__module__ = build.__name__, build.__module__
     return Guarded
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of `safeopt.safeguard` before the optimizer is built, in ``train()``."""
+    config_of({name: value for name, value in options.items() if name != "on_refresh_error"})

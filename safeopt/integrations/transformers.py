@@ -38,7 +38,8 @@ class SafetyCallback(SafetyLog):
         Trainer(..., optimizers=(ProjectedAdamW(...), None), callbacks=[SafetyCallback()])
 
     The figures of `SafetyLog` are in ``trainer.state.log_history``. Trainer calls TensorBoard and
-    the like before it; `install` it instead where they shall get the figures, too.
+    the like before it; `install` it instead where they shall get the figures, too, or where
+    callbacks that stand after it ask for checkpoints.
 
     Attributes:
         last: what the last restoring measured, None before it.
@@ -54,12 +55,20 @@ class SafetyCallback(SafetyLog):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Refuse an unprotected optimizer before the first step.
+        """Refuse what cannot be protected before the first step.
 
         Raises:
             TypeError: if the Trainer's optimizer is not protected.
+            ValueError: if a checkpoint without the optimizer's state is resumed.
         """
-        safety_of(unwrapped(kwargs["optimizer"]))
+        safety = safety_of(unwrapped(kwargs["optimizer"]))
+        # Trainer passes over a missing state in silence; the drifted model would be the reference.
+        if safety.active and state.global_step > 0 and safety.subspace is None:
+            raise ValueError(
+                "resume_from_checkpoint: the checkpoint holds no state of the optimizer "
+                "(save_only_model=True), and how the aligned model refuses is no longer known; "
+                "resume from one that does, or start again from the aligned model"
+            )
 
     def on_step_end(
         self,
@@ -82,8 +91,10 @@ class SafetyCallback(SafetyLog):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Restore if the epoch is followed by a checkpoint."""
-        if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
+        """Restore if the epoch is followed by a checkpoint, or ended by a callback."""
+        best = control.should_evaluate and args.save_strategy == "best"
+        # Before the best checkpoint is loaded, which must not meet perturbed parameters.
+        if control.should_save or best or control.should_training_stop:
             self._restore(kwargs["optimizer"])
 
     def on_train_end(
@@ -106,6 +117,8 @@ class SafetyCallback(SafetyLog):
 def install(trainer: Trainer) -> SafetyCallback:
     """Add a `SafetyCallback` to a Trainer such that its loggers get the safety figures as well.
 
+    Whoever asks for a checkpoint, the weights in it are restored.
+
     Args:
         trainer: with a protected optimizer; it has not trained yet.
 
@@ -115,6 +128,13 @@ def install(trainer: Trainer) -> SafetyCallback:
     callback = SafetyCallback()
     trainer.add_callback(callback)  # last: it acts on what the others decide at a step's end
     trainer.callback_handler.callbacks.insert(0, SafetyLog())  # first: before the loggers
+    save = trainer._save_checkpoint
+
+    def restore_and_save(*args: Any, **kwargs: Any) -> Any:
+        callback._restore(trainer.optimizer)  # nothing is left to do after most steps' ends
+        return save(*args, **kwargs)
+
+    trainer._save_checkpoint = restore_and_save  # type: ignore[method-assign]
     return callback
 
 

@@ -13,7 +13,7 @@ OLDEST: Mapping[str, str] = {
     "trl": "0.16",
     "lightning": "2.4",
     "bitsandbytes": "0.46",
-    "deepspeed": "0.19",
+    "deepspeed": "0.16",
 }
 
 

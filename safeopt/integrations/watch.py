@@ -104,11 +104,14 @@ class WatchCallback(MonitorCallback):
             return
         model = kwargs["model"]
         keep_trainable(model)
-        # A resumed model has drifted: it can no longer say how the aligned one refuses.
-        aligned = state.global_step == 0
-        self._refusals = self.saved(state).get("examples")
-        self._probe = self._read(model, kwargs.get("processing_class"), aligned)
-        if self._batches and aligned:
+        # A resumed model has drifted, and one that was watched before: neither can say any longer
+        # how the aligned one refuses.
+        resumed = state.global_step > 0
+        watched = self.monitor is not None and self.monitor.probe.model is model
+        if resumed or not watched:
+            self._refusals = self.saved(state).get("examples")
+            self._probe = self._read(model, kwargs.get("processing_class"), not resumed)
+        if self._batches and not (resumed or watched):
             self._diagnose(args, kwargs["train_dataloader"])
         super().on_train_begin(args, state, control, **kwargs)
 

@@ -76,6 +76,7 @@ class SafetyGeometry:
         update: Uᵀu, the base optimizer's last step inside the subspace, before it was mapped; shape
             ``(k,)``, None before the first step.
         step_count: optimizer steps seen.
+        last_rate: learning rate of the last of them; None before the first.
         last_refresh: the step after which the subspace was last estimated.
 
     Raises:
@@ -98,6 +99,7 @@ class SafetyGeometry:
         self.coupling: float | None = None
         self.update: Tensor | None = None
         self.step_count = 0
+        self.last_rate: float | None = None
         self.last_refresh = 0
         self._checked = 0  # the step at which `restore` last ran to its end
         self._reference_odds: float | None = None  # the highest log-odds of the same examples
@@ -134,37 +136,51 @@ class SafetyGeometry:
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
         if self.active and self.subspace is None:
-            trial = self.rota.measure(self.probe)
-            self._trial_reference = float(trial.mean())
-            self._estimate(params, self._due(self.config.examples))
-            assert self.subspace is not None
-            self.spanned = list(params)
-            window = self.subspace.window
-            losses = torch.cat([trial, window.losses[window.safety].cpu()])
-            tokens = self.probe.response_tokens(self.rota.trial)
-            tokens = torch.cat([tokens, window.tokens[window.safety].cpu()])
-            self.reference = float(losses.mean())
-            # The goal of all is the firmest refusal: these few examples' mean depends on the draw,
-            # and what comes back to less does not carry over to prompts outside of the probe.
-            self._reference_odds = float(log_odds(losses, tokens).max())
+            with whole_or_not_at_all(self, params):
+                self._begin(params)
+
+    def _begin(self, params: Sequence[Tensor]) -> None:
+        trial = self.rota.measure(self.probe)
+        self._trial_reference = float(trial.mean())
+        self._estimate(params, self._due(self.config.examples))
+        assert self.subspace is not None
+        self.spanned = list(params)
+        window = self.subspace.window
+        losses = torch.cat([trial, window.losses[window.safety].cpu()])
+        tokens = self.probe.response_tokens(self.rota.trial)
+        tokens = torch.cat([tokens, window.tokens[window.safety].cpu()])
+        self.reference = float(losses.mean())
+        # The goal of all is the firmest refusal: these few examples' mean depends on the draw,
+        # and what comes back to less does not carry over to prompts outside of the probe.
+        self._reference_odds = float(log_odds(losses, tokens).max())
 
     def after_step(self, params: Sequence[Tensor], learning_rate: float) -> None:
         """Protect the parameters that the base optimizer has just moved.
 
         Args:
             params: the protected parameters; changed in place inside the subspace.
-            learning_rate: the step's learning rate, for the coupling.
+            learning_rate: the step's learning rate, for the next step's coupling.
+
+        Raises:
+            FloatingPointError: if parameters are not finite, before anything has changed: one
+                such number would spread over all of them.
         """
         if self.subspace is None:
             return
-        self.step_count += 1
         position, gradient = coordinates_together(
             self.subspace.basis, params, [p.grad for p in params]
         )
+        if not bool(position.isfinite().all()):
+            raise FloatingPointError(
+                "after the base optimizer's step parameters are not finite; they are left as they "
+                "are. Lower the learning rate, or train in float32 or bfloat16"
+            )
+        self.step_count += 1
         if any(p.grad is not None for p in params):
-            self.observe_gradient(gradient, learning_rate)
+            self.observe_gradient(gradient, self.last_rate)
         else:  # the base optimizer has cleared them
             self.coupling = self._last_gradient = None
+        self.last_rate = learning_rate
         c = position - self.subspace.anchor
         self.update = c - self._position
         mapped = self._map(c)
@@ -221,19 +237,23 @@ class SafetyGeometry:
                 limit,
             )
 
-    def observe_gradient(self, coordinates: Tensor, learning_rate: float) -> None:
+    def observe_gradient(self, coordinates: Tensor, learning_rate: float | None) -> None:
         """Update the coupling γ_t from the task gradient's coordinates Uᵀg, which cost k numbers.
 
         The change of Uᵀg from step to step is UᵀH(θ_t − θ_{t−1}); divided by the learning rate and
         weighted with Λ^{1/2} it is the curvature coupling of the Alignment Instability Condition,
         ‖F^{1/2}PHg‖, for a step −ηg. With mini-batches it also holds their noise, and with Adam the
         step is not −ηg: read it as a relative figure. Coordinates that have overflowed leave none.
+
+        Args:
+            coordinates: Uᵀg_t, shape ``(k,)``.
+            learning_rate: η of the step from θ_{t−1} to θ_t, a scheduler may have changed it since.
         """
         assert self.subspace is not None
         if not bool(coordinates.isfinite().all()):
             self.coupling = self._last_gradient = None  # a state with them would not be loaded
             return
-        if self._last_gradient is not None and learning_rate > 0:
+        if self._last_gradient is not None and learning_rate:
             change = (coordinates - self._last_gradient) / learning_rate
             self.coupling = float((self.subspace.eigenvalues.sqrt() * change).norm())
         self._last_gradient = coordinates
@@ -250,6 +270,7 @@ class SafetyGeometry:
             "reference": self.reference,
             "reference_odds": self._reference_odds,
             "coupling": self.coupling,
+            "last_rate": self.last_rate,
         }
 
     def vectors(self) -> dict[str, Tensor | None]:
@@ -274,7 +295,7 @@ class SafetyGeometry:
         self.rota.drawn, self.rota.held_drawn = state["drawn"], state["held_drawn"]
         self._trial_reference = state["trial_reference"]
         self.reference, self._reference_odds = state["reference"], state["reference_odds"]
-        self.coupling = state["coupling"]
+        self.coupling, self.last_rate = state["coupling"], state["last_rate"]
         self.history = [Measurement(*entry) for entry in state["history"]]
         self.subspace = subspace
         if subspace is not None:

@@ -73,7 +73,8 @@ class ProjectedAdamW(torch.optim.AdamW):
             added or frozen after the first step.
         TypeError: if ``probe`` is not a `SafetyProbe`; for complex or sparse parameters, and in
             ``step`` for sparse gradients.
-        FloatingPointError: in ``step``, if a gradient is not finite, before anything has changed.
+        FloatingPointError: in ``step``, if a gradient is not finite, before anything has changed;
+            if AdamW's step has left a parameter so, before that spreads over the others.
 
     Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
     ``examples`` short prompts (twice as many in `restore`; and three held ones for four of them, if

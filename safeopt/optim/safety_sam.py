@@ -46,6 +46,7 @@ from safeopt.optim.protection import (
     spanned_parameters,
 )
 from safeopt.optim.safeguard import safeguard
+from safeopt.optim.schedule_free import is_schedule_free
 from safeopt.optim.wrapper import OptimizerWrapper, base_of
 from safeopt.probe import SafetyProbe
 
@@ -128,7 +129,8 @@ class SafetySAM(OptimizerWrapper):
 
     Raises:
         ValueError: if an argument is out of its range.
-        TypeError: if ``probe`` is not a `SafetyProbe`, or ``base_optimizer`` not an optimizer.
+        TypeError: if ``probe`` is not a `SafetyProbe`, or ``base_optimizer`` not an optimizer or a
+            schedule-free one.
 
     Cost: ``two_pass`` one more evaluation of the closure a step, ``lookahead`` none; 3·k·n
     multiplications beside the geometry's. Memory: k float32 numbers for each protected parameter,
@@ -168,8 +170,14 @@ class SafetySAM(OptimizerWrapper):
     ) -> None:
         _check_arguments(rho, mode, ascent, beta, protection)
         alone = damping == 0 and rho > 0  # SAM without the map still needs the subspace
+        base = base_of(params, base_optimizer, base_options)
+        if is_schedule_free(base):
+            raise TypeError(
+                f"base_optimizer={type(base).__name__}: it evaluates at another point than it "
+                "trains at, and so does SafetySAM; protect it with safeguard alone"
+            )
         base = safeguard(
-            base_of(params, base_optimizer, base_options),
+            base,
             probe,
             on_refresh_error=on_refresh_error,
             rank=rank,
@@ -290,6 +298,7 @@ class SafetySAM(OptimizerWrapper):
                 with self._perturbed(inside), torch.enable_grad():
                     closure()
         coupling, steps = self.safety.coupling, self.safety.step_count
+        rate = self.safety.last_rate  # of the step between the two gradients
         try:
             self.base_optimizer.step()
         finally:
@@ -297,8 +306,8 @@ class SafetySAM(OptimizerWrapper):
             if self.safety.step_count > steps and is_finite(inside):
                 # The gradients that the base optimizer saw hold ρHε; ε jumps from step to step.
                 change = self._ascent.change(inside)
-                if change is not None:
-                    coupling = change / largest_learning_rate(self)
+                if change is not None and rate:
+                    coupling = change / rate
                 self.safety.coupling = coupling
                 self._ascent.remember(inside)
             self._ascent.carry(self._params())
@@ -327,8 +336,9 @@ class SafetySAM(OptimizerWrapper):
 
     def _evaluated(self, closure: Callable[[], float]) -> float:
         """The loss and its gradients; before the first step the aligned model is measured first."""
+        params = self._params()
         if largest_learning_rate(self) > 0:
-            self.safety.before_step(self._params())
+            self.safety.before_step(params)
         with torch.enable_grad():
             return closure()
 
@@ -382,7 +392,8 @@ class SafetySAM(OptimizerWrapper):
 
     def _moves(self) -> bool:
         """Whether the next step moves protected parameters."""
-        return largest_learning_rate(self) > 0 and any(p.grad is not None for p in self._params())
+        moving = any(p.grad is not None for p in self._params())
+        return moving and largest_learning_rate(self) > 0
 
     def _add_state(self, state: dict[str, Any]) -> None:
         if self.safety.active:

@@ -45,10 +45,20 @@ def at_average(
         optimizer: any optimizer.
         params: its protected parameters.
         geometry: what moves them inside.
+
+    Raises:
+        TypeError: for one with such a mode that does not keep z alone, from which x is computed.
     """
     if not is_schedule_free(optimizer):
         yield
         return
+    states = [optimizer.state[p] for p in params if optimizer.state.get(p)]
+    if any("z" not in state or "x" in state for state in states):
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__}: it evaluates at another point than it trains "
+            "at, and does not keep the two as the schedule-free optimizers do that can be "
+            "protected; use one of these, as schedulefree's AdamWScheduleFree"
+        )
     training = optimizer.param_groups[0]["train_mode"]
     if training:
         optimizer.eval()  # type: ignore[attr-defined]

@@ -24,11 +24,11 @@ from safeopt.passes import PassCounter
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
-VERSION = 6  # since compressed bases are stored rounded, with weights before them
+VERSION = 7  # since it names the trial examples and the last step's learning rate
 _WHERE = 'state_dict["safety"]'
 _COUNTS = ("step_count", "last_refresh", "held_count", "drawn", "held_drawn", "checked")
-_OTHERS = ("opening", "history", "passes", "kl_reference", "subspace")
-_NUMBERS = ("reference", "reference_odds", "trial_reference", "coupling")
+_OTHERS = ("opening", "trial", "history", "passes", "kl_reference", "subspace")
+_NUMBERS = ("reference", "reference_odds", "trial_reference", "coupling", "last_rate")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
 _SHAPES = {
     "eigenvalues": "k",
@@ -54,6 +54,7 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
         **geometry.counters(),
         "held_count": geometry.probe.held_count,
         "opening": geometry.probe.opening,
+        "trial": list(geometry.rota.trial),
         "passes": geometry.passes.as_dict(),
         "history": [list(asdict(entry).values()) for entry in geometry.history],
         "kl_reference": geometry.probe.reference(),
@@ -122,6 +123,13 @@ def check_state(
             raise ValueError(
                 f"{_WHERE}: it was saved with opening={state['opening']}, the probe now has "
                 f"opening={probe.opening}; build the probe as in the saved run"
+            )
+        # Their loss is compared with the saved one. As text, which compares with anything.
+        if str(state["trial"]) != str(geometry.rota.trial):
+            raise ValueError(
+                f"{_WHERE}: it was saved with the trial examples {state['trial']}, now they are "
+                f"{geometry.rota.trial}; build the probe with the examples of the saved run, and "
+                "the optimizer with its trial_examples and seed"
             )
         if len(state["subspace"]["held_targets"]) != len(geometry.rota.held):
             raise ValueError(
