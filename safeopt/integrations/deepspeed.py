@@ -67,8 +67,8 @@ def protect(
         The engine's optimizer, now with the attribute ``safety`` (its `SafetyGeometry`) and the
         method ``restore()``; call that before ``engine.save_checkpoint``. The protection travels in
         the engine's checkpoints; where a second engine trains the same model on, with the same
-        ranks and groups, ``continue_from(safety)`` takes over the first one's. There is no ``safety.coupling``: the engine clears the gradients
-        in the step.
+        ranks and groups, ``continue_from(safety)`` takes over the first one's. There is no
+        ``safety.coupling``: the engine clears the gradients in the step.
 
     Raises:
         ImportError: if DeepSpeed is missing or too old.
