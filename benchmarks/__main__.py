@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from benchmarks.config import CONFIGS, ConfigError, RunConfig, SweepConfig, load_config
 from benchmarks.data.sources import DownloadError
@@ -34,7 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, soft_wrap=False)
+# Without markup: a grid point's name, adamw[learning_rate=0.001], is no style.
+console = Console(highlight=False, soft_wrap=False, markup=False)
 
 
 @app.command()
@@ -236,7 +238,8 @@ def main() -> None:
     try:
         app()
     except (ConfigError, DownloadError, FileNotFoundError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error[/] {error}")
+        told = Console(stderr=True, highlight=False, soft_wrap=True)
+        told.print(f"[bold red]error[/] {escape(str(error))}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("\nstopped; the same command goes on with what is left")

@@ -14,6 +14,7 @@ from benchmarks.charts import scale
 from benchmarks.config import ConfigError
 from benchmarks.leaderboard import environment
 from benchmarks.records import FILE, Record, Result, read_result
+from benchmarks.report import tell_missing
 from safeopt.files import write_whole
 
 PAGE, MARKDOWN = "ablation.html", "ablation.md"
@@ -92,6 +93,7 @@ def ablation(folder: Path, console: Console) -> Path:
             table.add_row(*cells)
             lines.append(f"| {' | '.join(cells)} |")
     console.print(table)
+    tell_missing(result, console)
     write_whole(folder / MARKDOWN, "\n".join(lines) + "\n")
     page = write_whole(folder / PAGE, _html(result, found))
     console.print(f"wrote {page} and {MARKDOWN}", soft_wrap=True)

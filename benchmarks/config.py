@@ -6,6 +6,7 @@ are in `benchmarks.settings`, the entries of ``methods`` in `benchmarks.entries`
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,17 @@ __all__ = [
 
 CONFIGS = Path(__file__).parent / "configs"
 BASELINE = "adamw"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are those of version 1.2: to PyYAML ``1e-3``, without a point, is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 class ConfigError(ValueError):
@@ -199,10 +211,15 @@ def load_config(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: this config cannot be used\n{lines}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A config file as plain data; the file that it ``extends`` gives what it does not say."""
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file as plain data; the file that it ``extends`` gives what it does not say.
+
+    ``above`` are the files that lead here.
+    """
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: extends itself, by way of {above[-1].name}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -214,7 +231,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if "extends" not in data:
         return data
-    whole = _read(path.parent / str(data.pop("extends")))
+    whole = _read(path.parent / str(data.pop("extends")), (*above, path.resolve()))
     for name, value in data.items():
         known = whole.get(name)
         both = isinstance(value, dict) and isinstance(known, dict)

@@ -197,12 +197,12 @@ def _child(job: Job, connection: Connection, place: int) -> None:
         )
         connection.send(("record", record.model_dump(mode="json")))
     except Exception as error:
-        connection.send(("failure", _told(error)))
+        connection.send(("failure", told(error)))
     finally:
         connection.close()
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """The error with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
@@ -286,7 +286,7 @@ def _ray_task(job: Job) -> tuple[str, Any]:
         record = do(job, lambda step, loss: None, lambda point: None)
         return "record", record.model_dump(mode="json")
     except Exception as error:
-        return "failure", _told(error)
+        return "failure", told(error)
 
 
 def places() -> int:

@@ -148,11 +148,15 @@ class Result(_Strict):
         config: what was run; a result is only continued with the same.
         start: None in results of earlier versions, which have it in every record.
         failures: runs that crashed, the last time that they were tried.
+        environment: where and by what the runs were made.
+        continued: likewise where it was continued by another commit, with other packages or on
+            another machine, if it was: some of the records are from there.
         judge: None for the tiny task, whose refusals are all the same sentence.
     """
 
     records: list[Record] = Field(default_factory=list)
     environment: dict[str, Any]
+    continued: list[dict[str, Any]] = Field(default_factory=list)
     config: dict[str, Any]
     judge: Judge | None = None
     start: Start | None = None
@@ -170,6 +174,16 @@ class Result(_Strict):
             raise ConfigError(
                 f"the result's config cannot be used: {'; '.join(problems(error))}"
             ) from None
+
+    def missing(self) -> list[str]:
+        """The runs that the config asks for and that are not there, in words."""
+        errors = {(failure.method, failure.seed): failure.error for failure in self.failures}
+        return [
+            f"{method}, seed {seed}: {errors.get((method, seed), 'has not run')}"
+            for method in (entry["label"] or entry["name"] for entry in self.config["methods"])
+            for seed in self.config["seeds"]
+            if self.find(method, seed) is None
+        ]
 
     def find(self, method: str, seed: int) -> Record | None:
         """The record of a finished run, or None."""

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.config import ConfigError
 from benchmarks.figures import Figure, Summary, Target, summaries, targets
@@ -38,11 +39,20 @@ def report(folder: Path, console: Console) -> Path:
     asked = targets(methods)
     console.print(_method_table(result, methods))
     console.print(_target_table(methods, asked))
+    tell_missing(result, console)
     figures = plots(result)
     save(figures, folder)
     page = write_whole(folder / PAGE, _html(result, methods, asked, figures))
     console.print(f"wrote {page}")
     return page
+
+
+def tell_missing(result: Result, console: Console) -> None:
+    """Say which runs are not there: means over other seeds are no fair comparison."""
+    if missing := result.missing():
+        console.print("means are over the runs that are there; these are not:", style="red")
+        for line in missing:
+            console.print(f"  {line}", style="red", soft_wrap=True, markup=False)
 
 
 def _method_table(result: Result, methods: list[Summary]) -> Table:
@@ -89,12 +99,13 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: Figure | None) -> Text:
     if figure is None:
-        return ""
+        return Text()
     if figure.met is None:
-        return figure.text
-    return f"[green]✓[/] {figure.text}" if figure.met else f"[bold red]✗[/] {figure.text}"
+        return Text(figure.text)
+    mark = ("✓", "green") if figure.met else ("✗", "bold red")
+    return Text.assemble(mark, f" {figure.text}")
 
 
 def _html(

@@ -17,11 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, DivergedError
 from benchmarks.config import TINY, ConfigError, RunConfig
 from benchmarks.data.datasets import labelled_refusals
 from benchmarks.environment import environment
-from benchmarks.jobs import Executor, Job, JobListener
+from benchmarks.jobs import Executor, Job, JobListener, told
 from benchmarks.judge import judge_quality
 from benchmarks.records import (
     Failure,
@@ -52,7 +52,7 @@ def run(
         console: where the progress is shown.
         executor: where the runs take place, see `benchmarks.jobs`. With None they take place in
             this process, and a crash ends the whole; elsewhere it ends that run only and is
-            recorded in the result's ``failures``.
+            recorded in the result's ``failures``, as a run that diverges is everywhere.
         threads: processor threads of a run where the config does not say.
         methods_may_change: continue a result whose config has other methods; the records of those
             that are still there, with the same settings, are kept.
@@ -144,14 +144,18 @@ def _here(bench: Bench, jobs: Sequence[Job], start: Start, listener: JobListener
     """Do all jobs in this process, with one model."""
     methods = {method.key: method for method in bench.config.methods}
     for job in jobs:
-        record = bench.run(
-            methods[job.method],
-            job.seed,
-            start,
-            lambda step, loss, job=job: listener.on_step(job, step, loss),  # type: ignore[misc]
-            lambda point, job=job: listener.on_point(job, point),  # type: ignore[misc]
-        )
-        listener.on_record(job, record)
+        try:
+            record = bench.run(
+                methods[job.method],
+                job.seed,
+                start,
+                lambda step, loss, job=job: listener.on_step(job, step, loss),  # type: ignore[misc]
+                lambda point, job=job: listener.on_point(job, point),  # type: ignore[misc]
+            )
+        except DivergedError as error:  # what the method did, no fault of this process
+            listener.on_failure(job, told(error))
+        else:
+            listener.on_record(job, record)
 
 
 def _in_order(result: Result, config: RunConfig) -> None:

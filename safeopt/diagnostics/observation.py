@@ -155,8 +155,9 @@ class Observation:
             if self._own:
                 self.geometry.after_step(self._params, largest_learning_rate(optimizer))
             self._compare()
-        except Exception as error:  # who only watches stops nobody: the next look will tell
+        except Exception as error:  # who only watches stops nobody: a look at the loss will tell
             logger.warning("the safety subspace cannot be estimated (%s)", error)
+            self._marked = (None, 0.0)  # what was predicted is not of this step
         self._subspace = self._copies = None
 
     def _compare(self) -> None:
