@@ -52,13 +52,15 @@ def run(
 ) -> None:
     """Run a config and write OUT/result.json; runs that are there already are not done again."""
     from benchmarks.dry_run import shrunk
+    from benchmarks.run import alone
     from benchmarks.run import run as run_config
 
     chosen = _one_run(config)
     if dry_run:
         chosen = shrunk(chosen)
     executor, threads = _executor(jobs, ray)
-    result = run_config(chosen, out, console, executor, threads)
+    with alone(out):
+        result = run_config(chosen, out, console, executor, threads)
     if result.failures:
         raise SystemExit(1)
 
@@ -77,6 +79,7 @@ def sweep(
     from benchmarks.dry_run import shrunk
     from benchmarks.jobs import places
     from benchmarks.leaderboard import leaderboard
+    from benchmarks.run import alone
     from benchmarks.sweep import sweep as run_sweep
 
     loaded = load_config(config)
@@ -84,7 +87,8 @@ def sweep(
         raise ConfigError(f"{config}: a sweep needs `tuning:`; else use `python -m benchmarks run`")
     chosen = shrunk(loaded) if dry_run else loaded
     executor, threads = _executor(jobs or places(), ray)
-    failed = run_sweep(chosen, out, console, executor, threads)
+    with alone(out):
+        failed = run_sweep(chosen, out, console, executor, threads)
     leaderboard(out, console)
     if failed:
         console.print(f"{failed} runs failed; the same command tries them again", style="red")

@@ -69,7 +69,7 @@ def _plot(result: Result, x: Coordinate, y: Coordinate, x_name: str, y_name: str
     methods = list(dict.fromkeys(record.method for record in result.records))
     ends = []
     for index, method in enumerate(methods):
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        color, marker = look(index)
         records = [record for record in result.records if record.method == method]
         for record in records:
             _line(axes, record, x, y, color, marker)
@@ -89,6 +89,12 @@ def _plot(result: Result, x: Coordinate, y: Coordinate, x_name: str, y_name: str
         axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     _label_ends(axes, ends)
     return figure
+
+
+def look(index: int) -> tuple[str, str]:
+    """Color and marker of a method; where the colors begin again, each has another marker."""
+    again, color = divmod(index, len(COLORS))
+    return COLORS[color], MARKERS[(index + again) % len(MARKERS)]
 
 
 def _step(point: Point) -> float:
@@ -136,8 +142,12 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
             color=color,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8},
-        )
+            # From the name's left edge: a line from its middle would cross the other names.
+            arrowprops={
+                "arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8,
+                "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
 
 
 def _mean(of: Coordinate, points: Sequence[Point]) -> float:

@@ -85,10 +85,11 @@ def _method_table(result: Result, methods: list[Summary]) -> Table:
 
 def _target_table(methods: list[Summary], asked: list[Target]) -> Table:
     table = _table("What is asked, and what was reached")
-    table.add_column("figure")
-    table.add_column("target")
+    # However many methods there are, a reader sees which figure a row is.
+    table.add_column("figure", min_width=16)
+    table.add_column("target", min_width=10)
     for method in methods:
-        table.add_column(method.method, justify="right", no_wrap=True)
+        table.add_column(method.method, justify="right", overflow="fold")
     for target in asked:
         cells = [_cell(target.figures.get(method.method)) for method in methods]
         table.add_row(target.name, target.asked, *cells)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,6 +35,31 @@ from benchmarks.records import (
     read_result,
     write_result,
 )
+
+ORIGIN = ("commit", "packages", "python", "processor", "threads", "device")
+LOCK = ".lock"
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold a folder: of two processes that write one result each would undo the other's runs.
+
+    Raises:
+        ConfigError: if another process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{out}: another process is working on this result; wait for it or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (out / LOCK).unlink(missing_ok=True)
 
 
 def run(
@@ -78,6 +105,7 @@ def run(
         return result
     if result.records:
         console.print(f"{out}: {len(result.records)} runs are there, {len(pending)} to go")
+        _note_change(result, environment(config.threads or threads), console)
     if result.judge is None and config.model.name != TINY and not config.model.dry:
         result.judge = Judge.model_validate(judge_quality(labelled_refusals()))
     bench = None
@@ -138,6 +166,17 @@ def _keep_methods(result: Result, config: RunConfig) -> None:
     keys = {entry["label"] or entry["name"] for entry in same}
     result.records = [record for record in result.records if record.method in keys]
     result.config = wanted
+
+
+def _note_change(result: Result, here: dict[str, Any], console: Console) -> None:
+    """Keep the environment of a continuation that is not one of those there were before."""
+
+    def origin(known: dict[str, Any]) -> list[Any]:
+        return [known.get(name) for name in ORIGIN]
+
+    if origin(here) not in map(origin, [result.environment, *result.continued]):
+        result.continued.append(here)
+        console.print("by another commit, software or machine than before; the result says so")
 
 
 def _here(bench: Bench, jobs: Sequence[Job], start: Start, listener: JobListener) -> None:

@@ -9,7 +9,7 @@ whether ``test`` was looked at before, the guide asks for (docs/benchmarks/submi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.config import (
@@ -23,10 +23,10 @@ from benchmarks.config import (
 )
 from benchmarks.methods import method_class
 from benchmarks.records import FILE, Record, Result, Start, read_result
-from benchmarks.sweep import TEST, VAL, choose
+from benchmarks.sweep import LONG, TEST, VAL, choose
 
 # What a submission shares with the config that it answers. Threads and methods are its own.
-SHARED = ("model", "task", "batch_size", "steps", "lora", "seeds", "evaluation")
+SHARED = ("model", "task", "batch_size", "steps", "learning_rate", "lora", "seeds", "evaluation")
 CLOSE = 1e-4  # relative; prompts' losses are kept with six digits
 
 
@@ -34,7 +34,8 @@ def check_result(folder: Path, config: Path | None = None) -> tuple[SweepConfig,
     """Check a sweep's folder.
 
     Args:
-        folder: with ``val/result.json`` and ``test/result.json``.
+        folder: with ``val/result.json`` and ``test/result.json``, and ``long/result.json`` if the
+            config asks for it.
         config: the published config that it answers; None to look for it.
 
     Returns:
@@ -45,15 +46,30 @@ def check_result(folder: Path, config: Path | None = None) -> tuple[SweepConfig,
     """
     val, test = (_read(folder / stage) for stage in (VAL, TEST))
     published = _published(test, config)
+    stages = {VAL: val, TEST: test}
+    if published.long is not None:
+        stages[LONG] = _read(folder / LONG)
     problems: list[str] = []
-    for name, result, split in (("val", val, "val"), ("test", test, "test")):
+    for name, result in stages.items():
         given = result.run_config()
-        seeds = published.tuning.seeds if split == "val" else published.seeds
-        wanted = published.stage(split, given.methods, seeds)  # type: ignore[arg-type]
+        wanted = published.stage(
+            "val" if name == VAL else "test",
+            given.methods,
+            published.tuning.seeds if name == VAL else published.seeds,
+            (published.long or 1) if name == LONG else 1,
+        )
         problems += [f"{name}: {line}" for line in _config_problems(given, wanted)]
         problems += [f"{name}: {line}" for line in _result_problems(result, given)]
+    # Beside a baseline that is tuned less, every method looks better.
+    tuned = [point for method in published.methods for point in method.points()]
+    asked, tried = (
+        [_settings(method) for method in methods if method.family == BASELINE]
+        for methods in (tuned, val.run_config().methods)
+    )
+    if tried != asked:
+        problems.append(f"val: config.methods: {BASELINE} has another grid than the published one")
     if not problems:
-        problems += _choice_problems(val, test, published)
+        problems += _choice_problems(stages, published)
     return published, problems
 
 
@@ -62,7 +78,7 @@ def _read(folder: Path) -> Result:
     if result is None:
         raise ConfigError(
             f"{folder / FILE}: not there; a submission is the folder that `python -m benchmarks "
-            "sweep` writes, with val and test"
+            "sweep` writes, with val, test and, if the config asks for it, long"
         )
     return result
 
@@ -111,11 +127,12 @@ def _config_problems(given: RunConfig, wanted: RunConfig) -> Iterator[str]:
 def _result_problems(result: Result, config: RunConfig) -> Iterator[str]:
     for failure in result.failures:
         yield f"{failure.method}, seed {failure.seed}: failed ({failure.error})"
-    for key in ("command", "commit", "processor"):
-        if not result.environment.get(key):
-            yield f"environment.{key}: missing"
-    if str(result.environment.get("commit", "")).endswith("+"):
-        yield "environment.commit: made from files that are not committed"
+    for environment in [result.environment, *result.continued]:
+        for key in ("command", "commit", "processor"):
+            if not environment.get(key):
+                yield f"environment.{key}: missing"
+        if str(environment.get("commit", "")).endswith("+"):
+            yield "environment.commit: made from files that are not committed"
     if result.start is None:
         yield "start: missing"
         return
@@ -181,24 +198,30 @@ def _record_problems(record: Record, config: RunConfig, start: Start) -> Iterato
         count = rate * prompts_asked
         if not (0 <= rate <= 1 and math.isclose(count, round(count), abs_tol=1e-6)):
             yield f"{name}: {rate} is no share of {prompts_asked} prompts"
+    if config.evaluation.per_prompt and first.prompts != start.prompts:
+        yield "curve's first prompts' losses: not those of the start"
+    if record.passes.safety_forward > 0 and not record.seconds.safety > 0:
+        yield "seconds.safety: no time for safety passes"
     if record.tokens.task < record.passes.task_forward:
         yield "tokens.task: fewer tokens than passes"
     if (record.passes.safety_forward > 0) != (record.tokens.safety_forward > 0):
         yield "passes.safety_forward and tokens.safety_forward: one of them is zero"
 
 
-def _choice_problems(val: Result, test: Result, published: SweepConfig) -> Iterator[str]:
-    """Whether the points on test are those that the runs on val choose."""
-    points = val.run_config().methods
-    chosen = choose(points, val, published.tuning)
-    wanted = [_settings(point) for group in chosen.values() for point in group]
-    given = [_settings(point) for point in test.run_config().methods]
-    for point in given:
-        if point not in wanted:
-            yield f"test: {point['label']}: not what the runs on val choose"
-    for point in wanted:
-        if point not in given:
-            yield f"test: {point['label']}: chosen by the runs on val, but not there"
+def _choice_problems(stages: Mapping[str, Result], published: SweepConfig) -> Iterator[str]:
+    """Whether the points on test, and in the long runs, are those that the runs on val choose."""
+    chosen = choose(stages[VAL].run_config().methods, stages[VAL], published.tuning)
+    for name, number in ((TEST, None), (LONG, 1)):
+        if name not in stages:
+            continue
+        wanted = [_settings(point) for group in chosen.values() for point in group[:number]]
+        given = [_settings(point) for point in stages[name].run_config().methods]
+        for point in given:
+            if point not in wanted:
+                yield f"{name}: {point['label']}: not what the runs on val choose"
+        for point in wanted:
+            if point not in given:
+                yield f"{name}: {point['label']}: chosen by the runs on val, but not there"
 
 
 def _settings(method: MethodConfig) -> dict[str, object]:

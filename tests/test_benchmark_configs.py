@@ -106,6 +106,22 @@ def test_a_config_can_extend_another(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("extends: absent.yaml\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         load_config(tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("extends: e.yaml\n", encoding="utf-8")
+    (tmp_path / "e.yaml").write_text("extends: d.yaml\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"d\.yaml: extends itself, by way of e\.yaml"):
+        load_config(tmp_path / "d.yaml")
+
+
+def test_numbers_need_no_point(tmp_path: Path):
+    """As in every other reader of YAML, and in JSON."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "model: {name: tiny}\ntask: {name: tiny}\nsteps: 2\nlearning_rate: 2e-3\n"
+        "methods: [{name: projected_adamw, budget: 1e-2, damping: .5E+1}]\n",
+        encoding="utf-8",
+    )
+    (method,) = load_config(path).methods
+    assert method.model_extra == {"budget": 0.01, "damping": 5.0}
 
 
 # --- other people's data ---

@@ -177,6 +177,15 @@ def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
     assert_pages_survive(lambda: leaderboard(folder, QUIET), *pages)
 
 
+def test_the_terminal_tells_grid_points_apart(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "val", tmp_path / "val")
+    done = CliRunner().invoke(
+        app, ["report", str(tmp_path / "val")], catch_exceptions=False, env={"COLUMNS": "200"}
+    )
+    assert "adamw[learning_rate=0.002]" in done.output
+    assert "adamw[learning_rate=0.004]" in done.output
+
+
 def test_failed_and_missing_runs_are_told(folder: Path, tmp_path: Path):
     out = tmp_path / "out"
     shutil.copytree(folder, out)
@@ -334,6 +343,31 @@ def uncommitted(result: dict) -> None:
     result["environment"]["commit"] += "+"
 
 
+def continued_uncommitted(result: dict) -> None:
+    result["continued"] = [result["environment"] | {"commit": "1" * 40 + "+"}]
+
+
+def weak_baseline(result: dict) -> None:
+    for entry in result["config"]["methods"]:
+        if entry["label"] == "adamw[learning_rate=0.004]":
+            entry["learning_rate"] = 0.4
+
+
+def other_rate(result: dict) -> None:
+    result["config"]["learning_rate"] = 0.1
+
+
+def other_start(result: dict) -> None:
+    """The leaderboard counts the rise from here."""
+    result["start"]["prompts"] = [2 * loss for loss in result["start"]["prompts"]]
+
+
+def free_of_charge(result: dict) -> None:
+    for record in result["records"]:
+        record["seconds"]["total"] -= record["seconds"]["safety"]
+        record["seconds"]["safety"] = 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "stage", "message"),
     [
@@ -345,6 +379,13 @@ def uncommitted(result: dict) -> None:
         (other_choice, "test", "not what the runs on val choose"),
         (lucky_rate, "test", "is no share of 4 prompts"),
         (uncommitted, "test", "not committed"),
+        (continued_uncommitted, "test", "not committed"),
+        (weak_baseline, "val", "adamw has another grid than the published one"),
+        (other_rate, "test", "config.learning_rate: 0.1, the published config has 0.002"),
+        (other_start, "test", "not those of the start"),
+        (free_of_charge, "test", "no time for safety passes"),
+        (better, "long", "long: adamw"),
+        (one_seed_less, "long", "seed 1: no record"),
     ],
 )
 def test_results_that_were_changed_are_refused(
@@ -352,6 +393,14 @@ def test_results_that_were_changed_are_refused(
 ):
     _, problems = check_result(tampered(folder, tmp_path / "out", stage, change), config)
     assert any(message in problem for problem in problems), problems
+
+
+def test_the_long_runs_are_part_of_a_result(folder: Path, config: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    shutil.rmtree(out / "long")
+    with pytest.raises(ConfigError, match=r"long.result\.json: not there"):
+        check_result(out, config)
 
 
 def test_methods_are_checked_by_what_they_do(tmp_path: Path):

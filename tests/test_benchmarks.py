@@ -18,11 +18,13 @@ from benchmarks.config import CONFIGS, ConfigError, LoraConfig, RunConfig, load_
 from benchmarks.figures import summaries, targets
 from benchmarks.inference import greedy, response_nll
 from benchmarks.methods import Setup
+from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.replay import Replay, ReplayOptions
 from benchmarks.models import trainable
-from benchmarks.records import Result, read_result, write_result
+from benchmarks.plots import look
+from benchmarks.records import Failure, Result, read_result, write_result
 from benchmarks.report import report
-from benchmarks.run import run
+from benchmarks.run import alone, run
 from benchmarks.tasks import batches, material, single_batches, task_loss
 
 QUIET = Console(quiet=True)
@@ -128,6 +130,18 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path, monke
     shown = capsys.readouterr().err
     assert "no finished run there" in shown
     assert "Traceback" not in shown
+
+
+def test_a_point_s_name_is_told_whole(tmp_path, monkeypatch, capsys):
+    plain = plain_config()
+    plain["task"]["val_examples"] = 8
+    plain |= {"tuning": {}, "methods": [{"name": "adamw", "grid": {"learning_rate": [0.1, 0.1]}}]}
+    (tmp_path / "twice.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    arguments = ["sweep", str(tmp_path / "twice.yaml"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert "adamw[learning_rate=0.1]" in capsys.readouterr().err.replace("\n", "")
 
 
 # --- passes ---
@@ -258,6 +272,61 @@ def test_a_crash_keeps_what_is_finished(tmp_path: Path, config: RunConfig, monke
     assert run(config, tmp_path / "crashed", QUIET).model_dump(mode="json") == again
 
 
+def test_a_run_that_diverges_costs_no_other(tmp_path: Path, config: RunConfig, monkeypatch):
+    def diverge(self):
+        for parameter in self.setup.params:
+            parameter.data.fill_(float("nan"))
+
+    whole = run(config, tmp_path / "whole", QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "after_step", diverge)
+        result = run(config, tmp_path / "diverged", QUIET)
+    finished = {record.method for record in whole.records}
+    kept = {record.method for record in result.records}
+    assert {failure.method for failure in result.failures} == finished - kept >= {"adamw"}
+    assert "DivergedError" in result.failures[0].error
+    resumed = run(config, tmp_path / "diverged", QUIET)
+    assert without_timings(resumed.model_dump()) == without_timings(whole.model_dump())
+
+
+def test_another_commit_that_continues_a_result_is_kept(
+    tmp_path: Path, config: RunConfig, monkeypatch
+):
+    result = run(config, tmp_path, QUIET)
+    assert result.continued == []
+    for commit in ("1" * 40, "1" * 40, "2" * 40):
+        result.records.pop()
+        write_result(result, tmp_path)
+        here = result.environment | {"commit": commit}
+        monkeypatch.setattr("benchmarks.run.environment", lambda threads, here=here: here)
+        result = run(config, tmp_path, QUIET)
+    assert [later["commit"][0] for later in result.continued] == ["1", "2"]
+    report(tmp_path, QUIET)
+    assert "2" * 40 in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_one_process_at_a_time_works_on_a_result(tmp_path: Path):
+    arguments = ["run", str(CONFIGS / "demo-tiny.yaml"), "--out", str(tmp_path)]
+    with alone(tmp_path), pytest.raises(ConfigError, match="another process is working on"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_are_missing_are_told(tmp_path: Path, config: RunConfig):
+    result = run(config, tmp_path, QUIET)
+    report(tmp_path, QUIET)
+    assert "same seed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    gone = result.records.pop()
+    result.failures.append(Failure(method=gone.method, seed=gone.seed, error="out of [memory]"))
+    write_result(result, tmp_path)
+    console = Console(record=True, width=200)
+    report(tmp_path, console)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for shown in (console.export_text(), page):
+        assert f"{gone.method}, seed {gone.seed}: out of [memory]" in shown
+    assert "same seed" not in page
+
+
 def test_a_folder_belongs_to_one_config(tmp_path: Path, config: RunConfig):
     other = RunConfig.model_validate({**plain_config(), "steps": 5})
     write_result(Result(environment={}, config=other.as_json()), tmp_path)
@@ -332,6 +401,17 @@ def test_figures_against_their_targets(invented: Result):
     ours = methods[2]
     assert ours.share_large == pytest.approx(10 / (10 + 90 * 32))
     assert ours.share_tokens == pytest.approx(256 / (2048 + 256))
+
+
+def test_many_methods_leave_the_names_of_the_figures(invented: Result, tmp_path: Path):
+    (first, *_) = invented.records
+    for number in range(9):
+        invented.records.append(first.model_copy(update={"method": f"projected_adamw_{number}"}))
+    write_result(invented, tmp_path)
+    console = Console(record=True, width=80)
+    report(tmp_path, console)
+    assert "refusals kept" in console.export_text()
+    assert len({look(number) for number in range(49)}) == 49
 
 
 def test_a_figure_that_falls_short_is_shown(invented: Result, tmp_path: Path):
