@@ -10,8 +10,8 @@ import signal
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,8 @@ _LIMIT = 240  # seconds; ten times what most sets take, where many share a proce
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(*args)`` in ``ranks`` processes; what each returned, by rank.
 
-    ``ranks=0``: one process without a group. Where one dies of a signal all begin again, once: in
-    some forty runs of the suite a thread of gloo's own freed memory twice.
+    ``ranks=0``: one process without a group.
     """
-    try:
-        return _run_ranks(ranks, function, args)
-    except _DiedError as error:
-        warnings.warn(f"a process died and all were started again: {error}", stacklevel=2)
-    return _run_ranks(ranks, function, args)
-
-
-class _DiedError(AssertionError):
-    """A process was ended by a signal."""
-
-
-def _run_ranks(ranks: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         workers = [
             _CONTEXT.Process(target=_work, args=(rank, ranks, folder, function, args))
@@ -81,8 +68,7 @@ def _wait(workers: list[Any], folder: Path) -> None:
         if any(w.exitcode for w in workers):
             time.sleep(1)  # those that fail because another one died may be seen before it
             failed = {rank: w.exitcode for rank, w in enumerate(workers) if w.exitcode}
-            kind = _DiedError if min(failed.values()) < 0 else AssertionError
-            raise kind(f"exit codes by rank: {failed}\n" + _said(folder, failed))
+            raise AssertionError(f"exit codes by rank: {failed}\n" + _said(folder, failed))
         if not running:
             return
         if not multiprocessing.connection.wait(list(running), max(end - time.monotonic(), 0)):
@@ -117,10 +103,30 @@ def _work(
             faulthandler.unregister(signal.SIGUSR1)
 
 
+def _one_thread() -> None:
+    """Give every gloo group of this process one thread for its collectives instead of two.
+
+    Both would write the name of what they have finished to one string without a lock (torch 2.13,
+    ProcessGroupGloo::runLoop), which frees its memory twice where they do it at once: a process of
+    these tests died of it. Names of 16 letters and more lie in such memory: DTensor's gathers'.
+    """
+    make = dist.ProcessGroupGloo.__init__
+
+    def init(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        options._threads = 1
+        options._timeout = timeout
+        make(self, store, rank, size, options)
+
+    dist.ProcessGroupGloo.__init__ = init  # torch passes no options of ours on to it
+
+
 def _join(rank: int, ranks: int, folder: str) -> None:
     # As torchrun tells them; Trainer and Accelerate ask for nothing else.
     names = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     for group, number in zip(names, (rank, ranks), strict=True):
         os.environ.update(dict.fromkeys(group, str(number)))
+    _one_thread()
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def test_the_forecast_is_its_closed_form():
     assert drifting.rise(0.9 * 2 * 0.4 / 3.0 / 0.01) == 0, "a drift away from the subspace first"
     assert breach.interval[0] < breach.step < breach.interval[1]
     assert OnsetForecast(0.0, 0.1, 0.01).forecast_breach(1.0).step == math.inf
+    # Where a sample says nothing of a figure's spread, its interval ends at the largest number.
+    most = sys.float_info.max
+    breach = OnsetForecast(3.0, 0.4, 0.01, (0.0, most), (0.0, most)).forecast_breach(0.02)
+    assert breach.interval == pytest.approx((0, math.inf))
+    assert OnsetForecast(3.0, 0.4, 0.01, None, (0.3, most)).forecast_breach(0.02).step < math.inf
 
 
 def test_a_system_that_starts_orthogonal_breaches_when_the_law_says():
@@ -97,6 +103,20 @@ def test_the_breach_interval_covers_a_repeated_run():
         hits += breach.interval[0] <= 60 <= breach.interval[1]
         assert breach.step == pytest.approx(60, rel=0.1)
     assert hits >= 16
+
+
+@pytest.mark.parametrize("points", [3, 4, 8])
+def test_intervals_cover_also_where_there_are_few_points(points):
+    """A run of `safeopt finetune` measures its alignment loss at few steps."""
+    steps = np.arange(1, points + 1)
+    exponents = breaches = 0
+    for seed in range(40):
+        noise = 0.15 * np.random.default_rng(seed).standard_normal(points)
+        fitted = fit_onset(steps, 1e-3 * steps**2 * np.exp(noise), start=0.0, resamples=100)
+        exponents += fitted.exponent_interval[0] <= 2 <= fitted.exponent_interval[1]
+        low, high = fitted.forecast_breach(1e-3 * (2 * points) ** 2).interval
+        breaches += low <= 2 * points <= high
+    assert min(exponents, breaches) >= 34
 
 
 @pytest.mark.parametrize(
