@@ -59,6 +59,23 @@ def require_same_keys(examples: Sequence[Example], argument: str) -> None:
         )
 
 
+def require_distinct(examples: Sequence[Example], argument: str) -> None:
+    """Refuse examples that their tokens do not tell apart.
+
+    Raises:
+        ValueError: if two have the same ``input_ids`` and differ in another entry.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    for number, example in enumerate(examples):
+        known = first.setdefault(tuple(example["input_ids"].tolist()), number)
+        others = [x for x in example if not torch.equal(example[x], examples[known][x])]
+        if others:
+            raise ValueError(
+                f"{argument}: examples {known} and {number} have the same input_ids and other "
+                f"{', '.join(others)}; an example is known by its input_ids there"
+            )
+
+
 def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """The positions of ``lengths``, the shortest first, at most ``size`` at a time.
 

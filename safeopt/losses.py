@@ -77,6 +77,10 @@ class ReferenceKL:
             kept = targets[row] != IGNORE
             self._reference[key] = (top[row, kept].clone(), index[row, kept].clone())
 
+    def knows(self, input_ids: Tensor) -> bool:
+        """Whether the reference of an example is cached, by its tokens ``(T,)`` without padding."""
+        return tuple(input_ids.tolist()) in self._reference
+
     def state_dict(self) -> list[dict[str, Tensor]]:
         """The cached reference of each example, as plain tensors on their devices."""
         return [
@@ -113,6 +117,7 @@ class ReferenceKL:
 
         Raises:
             KeyError: if an example was not given to `cache` before.
+            ValueError: if it was, with another number of labelled tokens.
         """
         log_probs, targets = response_log_probs(model, batch)
         losses = []
@@ -122,7 +127,13 @@ class ReferenceKL:
                     "this safety example has no cached reference: call cache() with it first"
                 )
             top, index = (x.to(log_probs.device) for x in self._reference[key])
-            current = log_probs[row, targets[row] != IGNORE].gather(-1, index)
+            current = log_probs[row, targets[row] != IGNORE]
+            if len(current) != len(index):
+                raise ValueError(
+                    f"labels: {len(current)} tokens count of an example whose reference was cached "
+                    f"with {len(index)}; give it the same labels, or cache it again"
+                )
+            current = current.gather(-1, index)
             p, rest, rest_now = top.exp(), _log_remainder(top), _log_remainder(current)
             kl = (p * (top - current)).sum(-1) + rest.exp() * (rest - rest_now)
             losses.append(kl.sum() / max(len(kl), 1))  # 0 where no token counts
@@ -187,12 +198,14 @@ def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def forward_arguments(model: Any) -> frozenset[str]:
-    """Names that the model's forward accepts, looked up behind PEFT and data-parallel wrappers."""
+    """Names that the model's forward accepts, looked up behind PEFT's, data-parallel and compiled ones."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
         else:
             return frozenset(inspect.signature(model.forward).parameters)
 

@@ -28,6 +28,7 @@ hooks run then too; of each gradient a rank keeps its own part. All ranks run th
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -258,7 +259,8 @@ class Recorder(AbstractContextManager["Recorder"]):
         for index, (gap, norm) in zip(dtypes, squares.sqrt().tolist(), strict=True):
             ours, theirs = dtypes[index]
             tolerance = _AGREEMENT[ours] if ours == theirs and not self.rounded else 0.1
-            if gap > tolerance * norm + torch.finfo(theirs).tiny:
+            # Padding can make a batch's gradient NaN where those of the examples are finite.
+            if math.isfinite(norm) and not gap <= tolerance * norm + torch.finfo(theirs).tiny:
                 looped.add(index)
                 logger.info("parameter %d: its gradients need a loop over the examples", index)
 
@@ -403,8 +405,13 @@ class Recorder(AbstractContextManager["Recorder"]):
         for example in range(self.examples):
             leaves = {name: call.weights[name].clone().requires_grad_() for name in call.own}
             inputs, named = tree_map(partial(self._one, example=example), (call.args, call.kwargs))
-            with torch.enable_grad():
-                output = call.output(leaves, inputs, named)
+            try:
+                with torch.enable_grad():
+                    output = call.output(leaves, inputs, named)
+            except Exception as error:  # it remembers the whole batch: a recurrent layer's state
+                logger.debug("%s cannot be replayed (%s)", type(call.module).__name__, error)
+                self.mixed.update(call.own.values())
+                return
             part = b[example : example + 1]
             if output.shape != part.shape:  # an argument could not be cut down to one example
                 self.mixed.update(call.own.values())

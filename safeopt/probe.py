@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from safeopt.batches import by_length, join, opened, require_same_keys, split
+from safeopt.batches import by_length, join, opened, require_distinct, require_same_keys, split
 from safeopt.distributed import (
     ENGINE,
     Layout,
@@ -55,7 +55,8 @@ class SafetyProbe:
             keeps the refusal as unlikely there as it was, or rare, so that they are not refused.
             The optimizers use 24 of them at most. Only with ``loss="nll"``.
         loss: ``"nll"`` (refusal negative log-likelihood), ``"kl"`` (KL to the model as it is at the
-            first use of the probe) or any function ``(model, batch) -> losses (m,)``.
+            first use of the probe) or any function ``(model, batch) -> losses (m,)``. A
+            `ReferenceKL` keeps the reference of the examples that it has seen before.
         opening: use only so many tokens of each response, at least 1; None for all of it. What a
             model does with a prompt shows in its first words (Qi et al. 2024, arXiv 2406.05946).
             To protect a model, give `OPENING`: its restoring then tells harmful from harmless
@@ -66,7 +67,9 @@ class SafetyProbe:
         TypeError: if ``model`` is not a module, is wrapped by FullyShardedDataParallel (FSDP1) or
             DeepSpeed, or ``loss`` is neither a name nor callable.
         ValueError: if there is no example, an example has no labelled token, tensors of a batch
-            disagree in size, or ``loss``, ``opening`` or ``micro_batch_size`` is out of range.
+            disagree in size, or ``loss``, ``opening`` or ``micro_batch_size`` is out of range. With
+            ``"nll"`` and ``"kl"`` also if the model is an encoder with a decoder; with ``"kl"`` if
+            two examples have the same tokens and differ in something else.
     """
 
     def __init__(
@@ -104,6 +107,15 @@ class SafetyProbe:
             self._examples = [opened(example, opening) for example in self._examples]
         require_same_keys(self._examples, "batches, held")
         self._reference_cached = not isinstance(self.loss, ReferenceKL)
+        if not self._reference_cached:
+            require_distinct(self._examples, 'batches with loss="kl"')
+        config = getattr(self.model, "config", None)
+        if self._is_named and getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"model={type(self.model).__name__}: it is an encoder with a decoder, and the "
+                "refusal would be among what the encoder reads; give a decoder-only model, or a "
+                "loss of your own"
+            )
         self._looped: set[int] = set()
         self._looped_for: tuple[int, ...] = ()
         self._sharded = False  # during a pass: whether the model is under `fully_shard`
@@ -112,6 +124,11 @@ class SafetyProbe:
     def __len__(self) -> int:
         """Number of safety examples; the held ones follow them, at indices from here on."""
         return len(self._examples) - self.held_count
+
+    @property
+    def _is_named(self) -> bool:
+        """Whether the loss is one of ours: a mean over the refusal's tokens."""
+        return self.loss is refusal_nll or isinstance(self.loss, ReferenceKL)
 
     @property
     def indices(self) -> range:
@@ -158,10 +175,9 @@ class SafetyProbe:
 
         0 for a loss of the caller's own: it need not be a mean over the refusal's tokens.
         """
-        named = self.loss is refusal_nll or isinstance(self.loss, ReferenceKL)
         labels = [self._examples[index]["labels"][1:] for index in indices]
         return torch.tensor(
-            [int((x != IGNORE).sum()) * named for x in labels], device="cpu"
+            [int((x != IGNORE).sum()) * self._is_named for x in labels], device="cpu"
         ).double()
 
     def gradient(
@@ -379,20 +395,27 @@ class SafetyProbe:
             batch = share_prefix(self.model, whole)
         self.passes.count(tokens_run(whole, batch), backward=backward)
         losses = self.loss(self.model, batch)
-        if losses.shape != (len(members),):
+        if not isinstance(losses, Tensor) or losses.shape != (len(members),):
+            shape = getattr(losses, "shape", None)
+            found = type(losses).__name__ if shape is None else f"shape {tuple(shape)}"
             raise ValueError(
-                f"loss: returned shape {tuple(losses.shape)} for {len(members)} examples; "
-                f"expected one value per example, shape ({len(members)},)"
+                f"loss: returned {found} for {len(members)} examples; "
+                f"expected one value per example, a tensor of shape ({len(members)},)"
+            )
+        if backward and not losses.requires_grad:
+            raise ValueError(
+                "loss: its values have no gradient: it works without grad mode or detaches them, "
+                "or no parameter of the model requires a gradient"
             )
         return losses
 
     def _cache_reference(self) -> None:
         assert isinstance(self.loss, ReferenceKL)
+        # What the caller, or another probe, has cached is the reference that they want.
+        new = [example for example in self._examples if not self.loss.knows(example["input_ids"])]
         with self._untouched(), torch.no_grad():
-            for start in range(0, len(self._examples), self.micro_batch_size):
-                batch = join(
-                    self._examples[start : start + self.micro_batch_size], _device(self.model)
-                )
+            for start in range(0, len(new), self.micro_batch_size):
+                batch = join(new[start : start + self.micro_batch_size], _device(self.model))
                 self.loss.cache(self.model, batch)
                 self.passes.count(int(batch["attention_mask"].sum()), backward=False)
         self._reference_cached = True

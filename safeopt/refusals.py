@@ -142,6 +142,10 @@ def generate(
                 temperature=1.0,
                 top_p=1.0,
                 top_k=50,
+                num_return_sequences=1,
+                no_repeat_ngram_size=0,
+                stop_strings=None,
+                return_dict_in_generate=False,
             )
             new = output[:, ids.shape[1] :].tolist()
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)

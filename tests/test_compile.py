@@ -8,7 +8,15 @@ import pytest
 import torch
 from crash_run import Net, losses
 from optimizer_table import OPTIMIZERS, build
-from tiny_models import VOCAB, safety_batch, task_step, tiny_llama, trainable, with_lora
+from tiny_models import (
+    VOCAB,
+    safety_batch,
+    task_step,
+    tiny_gpt2,
+    tiny_llama,
+    trainable,
+    with_lora,
+)
 
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
 from safeopt.curvature.operators import HessianOperator
@@ -123,6 +131,13 @@ def compare_models(prepare, mode, backend):
 @pytest.mark.parametrize("prepare", [as_a_module, in_place, layer_by_layer])
 def test_a_compiled_model_is_trained_as_the_plain_one(prepare, mode):
     compare_models(prepare, mode, "aot_eager")
+
+
+def test_padding_does_not_matter_to_a_compiled_model():
+    """Learned positions are counted from the first token, not from the padding before it."""
+    model = tiny_gpt2().eval()
+    values = [SafetyProbe(m, [safety_batch()]).values() for m in (model, torch.compile(model))]
+    assert torch.equal(*values)
 
 
 def test_products_of_a_compiled_model():

@@ -214,6 +214,21 @@ def test_wrong_arguments_are_named():
     still = probe_of(model, torch.zeros(4, N))
     with pytest.raises(ValueError, match="every safety gradient is zero"):
         diagnose(still, batches, task_loss=loss, rank=1)
+    for task in (iter(batches), {"input_ids": 0}, "batches"):
+        with pytest.raises(TypeError, match=r"task=\w+: expected a list of training batches"):
+            diagnose(probe, task, task_loss=loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_at_the_reference_of_a_divergence_is_no_curvature(dtype):
+    """There the gradient is that of differences in the last place, not exactly zero."""
+    model = tiny_llama(dtype=dtype)
+    probe = SafetyProbe(model, [safety_batch()], loss="kl")
+    with pytest.raises(ValueError, match='loss="kl" has none at its own reference'):
+        diagnose(probe, [safety_batch(seed=1), safety_batch(seed=2)])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    assert diagnose(probe, [safety_batch(seed=1), safety_batch(seed=2)]).figures.top > 0
 
 
 def test_random_directions_have_the_coupling_that_theory_says():

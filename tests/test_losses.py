@@ -109,6 +109,7 @@ def test_forward_arguments_behind_wrappers():
     expected = forward_arguments(inner)
     assert {"logits_to_keep", "position_ids", "use_cache"} <= expected
     assert forward_arguments(torch.nn.DataParallel(inner)) == expected
+    assert forward_arguments(torch.compile(inner)) == expected
     assert forward_arguments(with_lora(inner)) == expected
 
 
@@ -174,3 +175,8 @@ def test_reference_kl_errors():
         ReferenceKL(top_k=0)
     with pytest.raises(KeyError, match="no cached reference"):
         ReferenceKL()(tiny_llama().eval(), safety_batch())
+    batch, loss = safety_batch((3,), (4,)), ReferenceKL()
+    loss.cache(tiny_llama().eval(), batch)
+    batch["labels"][0, -1] = -100
+    with pytest.raises(ValueError, match="labels: 3 tokens count of an example .* cached with 4"):
+        loss(tiny_llama().eval(), batch)

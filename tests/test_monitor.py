@@ -717,6 +717,56 @@ def test_a_snapshot_can_be_restored_twice():
         assert equal(run_state(model, optimizer), safe)
 
 
+def test_buffers_that_a_module_replaces_are_put_back():
+    """A module may assign another tensor, of another shape, where it registered its buffer."""
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("mean", torch.ones(2))
+    model.register_buffer("late", None)
+    taken = Snapshot(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.mean, model.late = torch.zeros(3), torch.zeros(1)
+    taken.restore()
+    assert torch.equal(model.mean, torch.ones(2))
+    assert model.late is None
+
+
+def test_state_of_another_dtype_than_the_parameters_is_put_back_in_it():
+    """Adafactor keeps float32 beside bfloat16 parameters; torch casts what it loads."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    optimizer = Adafactor(model.parameters(), lr=1e-2, relative_step=False, scale_parameter=False)
+    task_step(model, 1)
+    optimizer.step()
+    safe = run_state(model, optimizer)
+    taken = Snapshot(model, optimizer)
+    task_step(model, 2)
+    optimizer.step()
+    taken.restore()
+    assert equal(run_state(model, optimizer), safe)
+
+
+def test_a_run_whose_optimizer_was_given_parameters_is_stopped(caplog):
+    """The safe checkpoint does not hold them, and putting back the others would mix two models."""
+    model = tiny_llama()
+    first, *rest = trainable(model)
+    optimizer = torch.optim.AdamW([first], lr=1e-3)
+    monitor = SafetyMonitor(optimizer, probe_of(model), action="rollback", budget=1.0, every=1)
+    task_step(model, 1)
+    optimizer.step()
+    assert not monitor.check(1).alarm
+    taken = Snapshot(model, optimizer)
+    optimizer.add_param_group({"params": rest})
+    task_step(model, 2)
+    optimizer.step()
+    spike(model)
+    before = run_state(model, optimizer)
+    found = monitor.check(2, measure=True)
+    assert found.stop
+    assert not found.rolled_back
+    assert "stopping" in caplog.text
+    with pytest.raises(RuntimeError, match="after add_param_group"):
+        taken.restore()
+    assert equal(run_state(model, optimizer), before)
+
+
 def test_a_resumed_run_goes_back_to_where_it_began(caplog):
     """Which is not step 0, as far as anybody who reads the log is concerned."""
     model, optimizer, scheduler, monitor = watched("rollback")

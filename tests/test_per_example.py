@@ -453,6 +453,44 @@ def test_hidden_arguments_fall_back():
     check(Toy(Opaque()).double(), safety_batch(), passes=1 + 5)
 
 
+def test_a_layer_that_remembers_the_batch_falls_back():
+    """It cannot be run again on one example, as a recurrent layer whose state is a batch's."""
+
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8))
+            self.examples = None
+
+        def forward(self, x):
+            self.examples = self.examples or len(x)
+            if len(x) != self.examples:
+                raise RuntimeError("the state is that of another batch")
+            return x * self.weight
+
+    class Forgets(Toy):
+        def forward(self, input_ids, attention_mask=None):
+            self.middle.examples = None
+            return super().forward(input_ids)
+
+    check(Forgets(Remembers()).double(), safety_batch(), passes=1 + 5)
+
+
+def test_a_gradient_that_padding_makes_nan_is_looped():
+    """Zeros from a weight that is used outside of its module are not taken for its rows."""
+
+    class Lent(Toy):
+        def __init__(self):
+            super().__init__(nn.Embedding(1, 8))
+
+        def forward(self, input_ids, attention_mask):
+            x = torch.tanh(self.inner(self.embedding(input_ids)))
+            lent = attention_mask.unsqueeze(-1) * self.middle.weight.square()
+            return Output(self.head(x + lent.sqrt()))
+
+    check(Lent().double(), safety_batch(), passes=1 + 5)
+
+
 def test_batch_statistics_fall_back():
     """A normalisation over the batch mixes the examples: its own gradients are looped."""
 

@@ -181,6 +181,21 @@ def test_reference_is_cached_once_and_counted():
     assert counts(probe)[0] == 3
 
 
+def test_a_reference_that_was_cached_before_is_kept():
+    """By the caller, or by another probe's first use, on the aligned model."""
+    model, loss = tiny_llama().eval(), ReferenceKL()
+    batch, other = safety_batch(), safety_batch(seed=1)
+    loss.cache(model, batch)
+    randomise([model.lm_head.weight])
+    expected = loss(model, batch).detach()
+    assert expected.mean() > 0.01
+    probes = [SafetyProbe(model, [batch, other], loss=loss) for _ in range(2)]
+    for probe in probes:
+        assert torch.allclose(probe.values(range(5)), expected)
+        assert probe.value(range(5, 10)) == pytest.approx(0, abs=1e-6), "seen here first"
+    assert probes[1].passes.forward == 2, "nothing was left to cache"
+
+
 def test_held_examples_need_the_refusal_nll():
     with pytest.raises(ValueError, match='use loss="nll"'):
         SafetyProbe(tiny_llama(), [safety_batch()], loss="kl", held=[safety_batch(seed=1)])
@@ -284,6 +299,14 @@ def broken(name, value):
 
 BATCH = safety_batch()
 EMPTY = torch.full_like(BATCH["labels"], -100)
+LONGER = {**BATCH, "labels": BATCH["input_ids"]}
+
+
+def encoder_decoder():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    return BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, **sizes))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +332,16 @@ EMPTY = torch.full_like(BATCH["labels"], -100)
             ValueError,
             r"batches: input_ids has shape \(10,\); expected \(examples, tokens\)",
             {"batches": [{name: tensor[0] for name, tensor in BATCH.items()}]},
+        ),
+        (
+            ValueError,
+            r'batches with loss="kl": examples 0 and 5 have the same input_ids and other labels',
+            {"batches": [BATCH, LONGER], "loss": "kl"},
+        ),
+        (
+            ValueError,
+            "model=BartForConditionalGeneration: it is an encoder with a decoder",
+            {"model": encoder_decoder()},
         ),
         (ValueError, 'loss="ce"', {"loss": "ce"}),
         (TypeError, "loss=3", {"loss": 3}),
@@ -340,6 +373,12 @@ def test_errors_when_asked():
     probe = SafetyProbe(model, [safety_batch()], loss=lambda m, b: refusal_nll(m, b).mean())
     with pytest.raises(ValueError, match=r"loss: returned shape \(\) for 5 examples"):
         probe.value()
+    probe = SafetyProbe(model, [safety_batch()], loss=lambda m, b: [refusal_nll(m, b)])
+    with pytest.raises(ValueError, match="loss: returned list for 5 examples"):
+        probe.value()
+    probe = SafetyProbe(model, [safety_batch()], loss=lambda m, b: refusal_nll(m, b).detach())
+    with pytest.raises(ValueError, match="loss: its values have no gradient"):
+        probe.gradient(trainable(model))
 
 
 def test_a_loss_object_is_used_as_given():

@@ -18,6 +18,7 @@ from safeopt.cli.app import app
 from safeopt.diagnostics.model_card import section, update_card
 from safeopt.diagnostics.overlap import overlap_scores
 from safeopt.diagnostics.profile import adapter_change, curvature_profile, full_change
+from safeopt.diagnostics.profile_plots import profile_plots
 from safeopt.files import write_json
 from safeopt.finetuning.finished import load_finished
 
@@ -95,6 +96,10 @@ def test_the_profile_of_adapters_and_of_all_parameters_fits_the_schema():
     assert {score["name"].rsplit(".", 1)[1] for score in profile["overlap"]["layers"]} == {
         "q_proj", "v_proj",
     }  # fmt: skip
+    # A protected run looks at other examples each time, whose differences are no rise.
+    looks = [{**look, "examples": 4} for look in RUN["measurements"]]
+    drawn = curvature_profile(change, [safety_batch()], {**RUN, "measurements": looks})
+    assert drawn["onset"] is None
     before, after = tiny_llama(bias=True), tiny_llama(bias=True)
     randomise(after.parameters())
     profile = curvature_profile(full_change(before, after), [safety_batch()], RUN)
@@ -125,6 +130,39 @@ def test_the_card_has_one_section_however_often_it_is_written(tmp_path):
     assert card.read_bytes() == b"\xff"
     fresh = update_card(tmp_path / "new.md", profile).read_text(encoding="utf-8")
     assert fresh.count("## Safety curvature") == 1
+    # Somebody has deleted the end mark and written below it.
+    card.write_text(section(profile).rsplit("\n", 1)[0] + "\n\nMine.\n", encoding="utf-8")
+    for _ in range(2):
+        text = update_card(card, profile).read_text(encoding="utf-8")
+        assert text.count("\nMine.\n") == 1
+        assert text.endswith(section(profile) + "\n")
+
+
+def test_adapters_other_than_plain_lora_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    model = get_peft_model(tiny_llama(), dora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r'adapter "default" of .*q_proj is not scale·B·A'):
+        adapter_change(model)
+    assert [p for p in model.parameters() if p.requires_grad] == trained
+
+
+def test_active_adapters_may_adapt_different_modules():
+    from peft import LoraConfig
+
+    model = with_lora(tiny_llama(layers=1))  # q_proj and v_proj
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj", "v_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    randomise(p for name, p in model.named_parameters() if "lora_B" in name)
+    change = adapter_change(model)
+    plain = dict(tiny_llama(layers=1).named_parameters())
+    merged = dict(model.merge_and_unload().named_parameters())
+    assert len(change.names) == 3
+    for name, difference in zip(change.names, change.changes, strict=True):
+        own = name.removeprefix("base_model.model.")
+        torch.testing.assert_close(difference, merged[own] - plain[own], atol=1e-6, rtol=1e-5)
 
 
 def test_a_run_is_profiled_from_its_folder(files, tmp_path, monkeypatch):
@@ -143,6 +181,8 @@ def test_a_run_is_profiled_from_its_folder(files, tmp_path, monkeypatch):
     assert profile["alignment_loss"]["after"] == pytest.approx(
         report["alignment_loss"]["end"], rel=1e-4
     )
+    assert profile["onset"] is None
+    assert "Onset" not in (out / "profile" / "profile.md").read_text(encoding="utf-8")
     names = {path.name for path in (out / "profile").iterdir()}
     assert names == {
         "profile.json", "profile.md", "spectrum.png", "layers.png", "task.png", "alignment.png",
@@ -151,6 +191,17 @@ def test_a_run_is_profiled_from_its_folder(files, tmp_path, monkeypatch):
     wrong = CliRunner().invoke(app, ["profile", "--run", str(files)])
     assert wrong.exit_code == 2
     assert "there is no run.json" in wrong.output.replace("\n", "")
+
+
+@pytest.mark.parametrize(("opening", "of"), [(4, ", first 4 of a refusal"), (None, "")])
+def test_the_plot_says_of_which_tokens_the_loss_is(opening, of):
+    """A run looks at the openings that it protects; the profile's own figures are of all tokens."""
+    profile = curvature_profile(adapter_change(with_lora(tiny_llama())), [safety_batch()], RUN)
+    plot = profile_plots(profile, {**RUN, "opening": opening})["alignment"]
+    assert plot.axes[0].get_ylabel() == f"alignment loss (nats a token{of})"
+    profile["measurements"] = []  # a run without protection: before and after, by the profile
+    plot = profile_plots(profile, {**RUN, "opening": opening})["alignment"]
+    assert plot.axes[0].get_ylabel() == "alignment loss (nats a token)"
 
 
 def test_a_run_that_goes_on_is_not_profiled_by_its_earlier_adapter(tmp_path):

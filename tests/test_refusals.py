@@ -148,6 +148,15 @@ def test_generate_leaves_no_trace(model, tokenizer):
     loss.backward()
 
 
+def test_a_models_own_settings_change_no_answer(model, tokenizer):
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    model.generation_config.update(
+        return_dict_in_generate=True, num_return_sequences=2, no_repeat_ngram_size=1,
+        stop_strings=["w5"], do_sample=True, repetition_penalty=2.0,
+    )  # fmt: skip
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
+
+
 def test_generate_restores_the_mode_when_something_raises(model, tokenizer):
     model.train()
     model.model.register_forward_pre_hook(lambda *_: 1 / 0)

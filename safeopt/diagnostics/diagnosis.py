@@ -141,6 +141,7 @@ def diagnose(
         Figures, intervals and a verdict.
 
     Raises:
+        TypeError: if ``task`` is no list of batches.
         ValueError: if a number is out of its range, ``rank`` is no smaller than the number of
             safety examples, there are fewer than two task batches, no parameter is trained, or the
             safety gradients vanish, so that there is no curvature to look at.
@@ -149,7 +150,12 @@ def diagnose(
     gradient and B Hessian-vector products, which share a graph. No basis is formed. Memory: see
     `safeopt.diagnostics.measure`.
     """
-    if isinstance(task, (str, bytes)) or len(task) < 2:
+    if not isinstance(task, Sequence) or isinstance(task, (str, bytes)):
+        raise TypeError(
+            f"task={type(task).__name__}: expected a list of training batches; of a loader the "
+            "first four do, list(itertools.islice(loader, 4))"
+        )
+    if len(task) < 2:
         raise ValueError(f"task: {len(task)} batch(es); an interval needs at least two")
     if examples < 2:
         raise ValueError(f"examples={examples}: a spectrum needs at least two safety examples")
@@ -170,12 +176,6 @@ def diagnose(
         probe, task, chosen.params, chosen.names,
         task_loss=task_loss, examples=drawn, listener=listener,
     )  # fmt: skip
-    spectrum = Spectrum.of(evidence.gram)
-    if not spectrum.trace > 0:
-        raise ValueError(
-            "probe: every safety gradient is zero (or not finite), so there is no safety curvature "
-            'to look at; a probe with loss="kl" has none at its own reference: use loss="nll"'
-        )
     point = figures(evidence, k)
     spread = intervals(evidence, k, point)
     bounds = thresholds or Thresholds()
@@ -185,7 +185,7 @@ def diagnose(
         figures=point,
         intervals=spread,
         rank=k,
-        eigenvalues=spectrum.eigenvalues.tolist(),
+        eigenvalues=Spectrum.of(evidence.gram).eigenvalues.tolist(),
         layers=layer_shares(evidence, k),
         verdict=verdict(conditions, point, evidence, k, bounds),
         evidence=evidence,

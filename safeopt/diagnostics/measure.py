@@ -13,6 +13,7 @@ vectors v, so that neither the basis U nor a projected vector is ever formed:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from safeopt.curvature.operators import HessianOperator
 from safeopt.curvature.operators.objective import Loss, Objective, to_device
 from safeopt.isolation import untouched
+from safeopt.losses import ReferenceKL
 from safeopt.probe import SafetyProbe
 from safeopt.rows import DenseRows, GradientRows, inner_products, row_dtype
 
@@ -31,6 +33,8 @@ Listener = Callable[[str, int, int], None]
 
 # torch.optim.Adam's default: it decides what happens to gradients as small as this.
 _ADAM_EPS = 1e-8
+# A KL divergence of so many units in the last place of 1 is none.
+_ROUNDING = 16
 # Beyond this many bytes the safety gradients are kept as the factors they are made of.
 _DENSE_BYTES = 1 << 30
 
@@ -122,6 +126,7 @@ def measure(
 
     Raises:
         TypeError: if the parameters are sharded.
+        ValueError: if the safety gradients vanish.
     """
     probe.layout(params).require_whole("diagnose")
     total = 2 * len(task) + 2
@@ -129,6 +134,7 @@ def measure(
     listener("safety gradients", 0, total)
     losses, rows = _safety_rows(probe, params, examples)
     grams = torch.stack([rows.products_of(i).cpu() for i in range(len(params))])
+    _require_curvature(probe, losses, grams)
     passes = {
         "safety_forward": probe.passes.forward - before[0],
         "safety_backward": probe.passes.backward - before[1],
@@ -185,6 +191,19 @@ def measure(
         products=kind,
         passes=passes,
     )
+
+
+def _require_curvature(probe: SafetyProbe, losses: Tensor, grams: Tensor) -> None:
+    """Refuse safety gradients that are nothing, or rounding, before the task's passes."""
+    trace = float(grams.diagonal(dim1=1, dim2=2).sum())
+    # The KL divergence is flat at its reference; what is left of its gradient there is rounding.
+    rounding = _ROUNDING * torch.finfo(losses.dtype).eps
+    still = isinstance(probe.loss, ReferenceKL) and float(losses.abs().max()) <= rounding
+    if still or not 0 < trace < math.inf:
+        raise ValueError(
+            "probe: every safety gradient is zero (or not finite), so there is no safety curvature "
+            'to look at; a probe with loss="kl" has none at its own reference: use loss="nll"'
+        )
 
 
 def first_adam_update(gradient: Sequence[Tensor]) -> list[Tensor]:

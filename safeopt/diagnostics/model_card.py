@@ -9,7 +9,8 @@ from typing import Any
 from safeopt.files import write_whole
 
 _BEGIN, _END = "<!-- safeopt profile -->", "<!-- end of safeopt profile -->"
-_SECTION = re.compile(re.escape(_BEGIN) + r".*?" + re.escape(_END), re.DOTALL)
+# From a mark to the next end, no other mark between: a section whose end is lost is left alone.
+_SECTION = re.compile(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
 
 
 def section(profile: dict[str, Any]) -> str:

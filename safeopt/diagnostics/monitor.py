@@ -109,7 +109,8 @@ class SafetyMonitor:
             ``"stop"`` asks to stop, ``"rollback"`` puts the run back to the last check that was
             measured within the budget and lowers the learning rate; where that has happened
             ``max_rollbacks`` times before, it asks to stop there. A resumed run that begins above
-            the limit has no safe checkpoint and is asked to stop.
+            the limit has no safe checkpoint and is asked to stop, as is a run whose optimizer was
+            given further parameters after its last one.
         others: schedulers, scalers and whatever else with a ``state_dict`` is put back, too.
         lr_factor: what a rollback multiplies the learning rate by, in (0, 1].
         max_rollbacks: at least 0.
@@ -285,7 +286,7 @@ class SafetyMonitor:
         if self.action == "warn":
             logger.warning("%s", what)
             return replace(found, alarm=True)
-        if self.action == "stop" or self._safe is None:
+        if self.action == "stop" or self._safe is None or not self._safe.run.fits:
             logger.warning("%s; stopping", what)
             return replace(found, alarm=True, stop=True)
         stop = self.rollbacks >= self.max_rollbacks

@@ -7,7 +7,7 @@ does not hide half of it. Its JSON form is versioned: ``schemas/profile-1.schema
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -37,7 +37,7 @@ class Change:
         weights_before: these weights in ``before``, with ``requires_grad``.
         weights_after: likewise in ``after``.
         changes: ΔW of each.
-        aligned: a context in which ``before`` computes as before fine-tuning.
+        without: makes a context in which ``before`` computes as before fine-tuning.
     """
 
     before: nn.Module
@@ -46,7 +46,12 @@ class Change:
     weights_before: list[nn.Parameter]
     weights_after: list[nn.Parameter]
     changes: list[Tensor]
-    aligned: AbstractContextManager[Any]
+    without: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def aligned(self) -> AbstractContextManager[Any]:
+        """A context in which ``before`` computes as before fine-tuning; a new one each time."""
+        return self.without()
 
 
 def adapter_change(model: Any) -> Change:
@@ -55,27 +60,38 @@ def adapter_change(model: Any) -> Change:
     The weights are made trainable, everything else is frozen.
 
     Raises:
-        ValueError: if the model has no LoRA layer.
+        ValueError: if the model has no active LoRA layer, or an adapter's change is not scale·B·A,
+            as with DoRA; the model is then as it was.
     """
     from peft.tuners.lora import LoraLayer
 
-    model.requires_grad_(False)
-    found: list[tuple[str, Any]] = [
-        (name, module)
+    found: list[tuple[str, Any, list[str]]] = [
+        (name, module, active)
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and isinstance(getattr(module, "weight", None), Tensor)
+        # Adapters may differ in the modules that they adapt.
+        if (active := [adapter for adapter in module.active_adapters if adapter in module.scaling])
     ]
     if not found:
         raise ValueError("model: it has no LoRA layer; give a PeftModel with LoRA adapters")
+    for name, module, active in found:
+        variants = getattr(module, "lora_variant", {})  # new in peft 0.16
+        other = [x for x in active if x in variants or getattr(module, "use_dora", {}).get(x)]
+        if other:
+            raise ValueError(
+                f'model: the change of adapter "{other[0]}" of {name} is not scale·B·A (DoRA or '
+                "another variant); expected plain LoRA"
+            )
+    model.requires_grad_(False)
     names, weights, changes = [], [], []
-    for name, module in found:
+    for name, module, active in found:
         weight = module.get_base_layer().weight
         weight.requires_grad_(True)
         names.append(f"{name}.weight")
         weights.append(weight)
-        parts = [module.get_delta_weight(adapter) for adapter in module.active_adapters]
+        parts = [module.get_delta_weight(adapter) for adapter in active]
         changes.append(torch.stack(parts).sum(0).detach())
-    return Change(model, model, names, weights, weights, changes, model.disable_adapter())
+    return Change(model, model, names, weights, weights, changes, model.disable_adapter)
 
 
 def full_change(before: nn.Module, after: nn.Module) -> Change:
@@ -92,7 +108,7 @@ def full_change(before: nn.Module, after: nn.Module) -> Change:
     changes = [(end[name] - p).detach() for name, p in start.items()]
     return Change(
         before, after, list(start), list(start.values()), [end[n] for n in start], changes,
-        nullcontext(),
+        nullcontext,
     )  # fmt: skip
 
 
@@ -176,9 +192,14 @@ def _curvature(rows: GradientRows, names: Sequence[str], rank: int) -> dict[str,
 
 
 def _onset(run: dict[str, Any]) -> dict[str, Any] | None:
-    points = [(m["step"], m["alignment_loss"]) for m in run["measurements"]]
-    if not points:
+    """The fitted rise of looks at the same examples.
+
+    A protected run draws a few others at each look: what differs there is the examples, not time.
+    """
+    looks = run["measurements"]
+    if not looks or any("examples" in look for look in looks):
         return None
+    points = [(look["step"], look["alignment_loss"]) for look in looks]
     try:
         return fit_onset(*zip(*points, strict=True), start=points[0][1]).as_json()
     except ValueError:  # fewer than three looks found the loss risen: nothing to fit

@@ -44,7 +44,9 @@ def profile_plots(profile: dict[str, Any], run: dict[str, Any]) -> dict[str, Fig
     foreseen = [(x["step"], x["predicted"]) for x in looks if x["predicted"] is not None]
     if foreseen:
         curves["forecast before the look"] = foreseen
-    figures["alignment"] = curve_plot(curves, "step", "alignment loss (nats a token)")
+    opening = run.get("opening") if measured else None  # before and after: of whole refusals
+    of = f", first {opening} of a refusal" if opening else ""
+    figures["alignment"] = curve_plot(curves, "step", f"alignment loss (nats a token{of})")
     return figures
 
 

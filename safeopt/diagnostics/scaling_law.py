@@ -30,7 +30,7 @@ AIC, as is the Alignment Instability Condition; here it is called ``akaike``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _LARGEST = 709.0  # of a logarithm: e^709 is still a number
+_EXPONENTS = {"quartic": 4.0, "quadratic": 2.0, "linear": 1.0}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class OnsetForecast:
     def _steps(self, budget: float, coupling: float, drift: float) -> float:
         if coupling == 0:
             return math.inf
-        root = math.sqrt(drift**2 + 2 * coupling * math.sqrt(2 * budget))
+        # An interval may end at the largest number, whose square is none.
+        root = math.hypot(drift, math.sqrt(coupling) * math.sqrt(2 * math.sqrt(2 * budget)))
         return (drift + root) / coupling / self.learning_rate
 
 
@@ -148,7 +150,7 @@ class CurveFit:
         """
         p = self.parameters
         if self.name == "saturating":
-            share = budget / p["plateau"]
+            share = _exponential(math.log(budget) - self.level)
             return -p["time"] * math.log1p(-share) if share < 1 else math.inf
         missing = math.log(budget) - self.level
         if p["exponent"] <= 0:
@@ -162,13 +164,13 @@ class OnsetFit:
 
     Attributes:
         exponent: p of κtᵖ.
-        exponent_interval: its 95% bootstrap interval.
+        exponent_interval: its 95% interval.
         kappa: κ, in nats a token at step 1.
         models: all fits by name.
         best: name of the model with the lowest Bayesian criterion.
         points: points used.
         dropped: points left out because the loss had not risen there.
-        resampled: for each bootstrap sample its fits, from which intervals are taken.
+        resampled: fits of each model to curves drawn around it, from which intervals are taken.
     """
 
     exponent: float
@@ -178,7 +180,7 @@ class OnsetFit:
     best: str
     points: int
     dropped: int
-    resampled: Sequence[Mapping[str, CurveFit]]
+    resampled: Mapping[str, Sequence[CurveFit]]
 
     @property
     def r_squared(self) -> float:
@@ -186,7 +188,7 @@ class OnsetFit:
         return self.models["power"].r_squared
 
     def forecast_breach(self, budget: float, model: str = "power") -> Breach:
-        """The step at which a model's rise reaches a budget, with a bootstrap interval.
+        """The step at which a model's rise reaches a budget, with its 95% interval.
 
         Args:
             budget: rise of the alignment loss, in nats a token; positive.
@@ -198,7 +200,7 @@ class OnsetFit:
         _check_budget(budget)
         if model not in self.models:
             raise ValueError(f'model="{model}": expected one of {", ".join(self.models)}')
-        steps = np.array([fits[model].breach(budget) for fits in self.resampled])
+        steps = np.array([fit.breach(budget) for fit in self.resampled[model]])
         ends = np.quantile(steps, [0.025, 0.975], method="inverted_cdf")
         point = self.models[model].breach(budget)
         return Breach(point, (min(float(ends[0]), point), max(float(ends[1]), point)))
@@ -237,14 +239,15 @@ def fit_onset(
 
     Errors are taken to be relative: all models are fitted to the logarithms by least squares, since
     an onset runs over orders of magnitude. Points that have not risen are left out, and counted.
-    The interval draws points anew; successive points of one run are not independent, so it is too
+    Intervals come from curves drawn around each model that scatter as the points do, and are wide
+    where there are few points. Successive points of one run are not independent, so they are too
     narrow for what another run would do.
 
     Args:
         steps: optimizer steps of the measurements, or times; the one at 0 is taken as the start.
         losses: the alignment losses there.
         start: loss before training, where ``steps`` does not begin at 0.
-        resamples: bootstrap samples, at least 1.
+        resamples: curves drawn around each model, at least 1.
         seed: of the draws.
 
     Raises:
@@ -274,16 +277,15 @@ def fit_onset(
             "start; a curve needs three"
         )
     x, y = np.log(t[risen]), np.log(loss[risen] - start)
-    models = _fits(x, y)
+    models = {name: _fit(name, x, y) for name in ("power", *_EXPONENTS, "saturating")}
     rng = np.random.default_rng(seed)
-    resampled: list[Mapping[str, CurveFit]] = []
-    while len(resampled) < resamples:
-        chosen = rng.integers(len(x), size=len(x))
-        if len(np.unique(x[chosen])) >= 3:
-            resampled.append(_fits(x[chosen], y[chosen]))
+    resampled = {
+        name: [_fit(name, x, drawn) for drawn in _drawn(fit, x, y, resamples, rng)]
+        for name, fit in models.items()
+    }
     power = models["power"].parameters
-    drawn = [fits["power"].parameters["exponent"] for fits in resampled]
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    exponents = [fit.parameters["exponent"] for fit in resampled["power"]]
+    low, high = np.quantile(exponents, [0.025, 0.975])
     return OnsetFit(
         exponent=power["exponent"],
         exponent_interval=(float(low), float(high)),
@@ -296,45 +298,54 @@ def fit_onset(
     )
 
 
-def _fits(x: Array, y: Array) -> dict[str, CurveFit]:
-    """All models fitted to y = log rise over x = log t."""
-    exponent = float(np.cov(x, y, bias=True)[0, 1] / np.var(x))
-    fixed = {"power": exponent, "quartic": 4.0, "quadratic": 2.0, "linear": 1.0}
-    fits = {
-        name: _curve(name, y, p * x, {"exponent": p}, "kappa", 1 + (name == "power"))
-        for name, p in fixed.items()
-    }
-    times = np.exp(np.linspace(x.min() - 3, x.max() + 4, 400))
-    shapes = np.log(-np.expm1(-np.exp(x) / times[:, None]))
-    best = int(np.var(y - shapes, axis=1).argmin())
-    fits["saturating"] = _curve(
-        "saturating", y, shapes[best], {"time": float(times[best])}, "plateau", 2
-    )
-    return fits
-
-
-def _curve(
-    name: str,
-    y: Array,
-    shape: Array,
-    parameters: dict[str, float],
-    scale: str,
-    free: int,
-) -> CurveFit:
-    """Scale a shape, given by its logarithms, to the points; count one more free number, σ."""
-    residual = y - shape
+def _fit(name: str, x: Array, y: Array) -> CurveFit:
+    """A model fitted to y = log rise over x = log t; one more free number is σ."""
+    if name == "saturating":
+        times = np.exp(np.linspace(x.min() - 3, x.max() + 4, 400))
+        errors = np.var(y - _shape("time", times[:, None], x), axis=1)
+        scale, shaping, number = "plateau", "time", float(times[errors.argmin()])
+    else:
+        power = float(np.cov(x, y, bias=True)[0, 1] / np.var(x))
+        scale, shaping, number = "kappa", "exponent", _EXPONENTS.get(name, power)
+    residual = y - _shape(shaping, number, x)
     level = float(residual.mean())
     count, total = len(y), float(((y - y.mean()) ** 2).sum())
     error = float(((residual - level) ** 2).sum())
     fit = count * math.log(max(error / count, np.finfo(float).tiny))
+    free = 2 if name in _EXPONENTS else 3
     return CurveFit(
         name,
-        {scale: math.exp(min(level, _LARGEST)), **parameters},
+        {scale: math.exp(min(level, _LARGEST)), shaping: number},
         1 - error / total if total > 0 else 0.0,
-        fit + 2 * (free + 1),
-        fit + math.log(count) * (free + 1),
+        fit + 2 * free,
+        fit + math.log(count) * free,
         level,
     )
+
+
+def _drawn(
+    fit: CurveFit, x: Array, y: Array, count: int, rng: np.random.Generator
+) -> Iterator[Array]:
+    """Curves around a fitted model, each point off by its own residual times a normal number.
+
+    Residuals are larger by 1/(1 − leverage), as of a curve without the point, since an onset's
+    points scatter unequally (HC3: MacKinnon and White 1985); Student's factor is for their number.
+    """
+    shaping = "time" if fit.name == "saturating" else "exponent"
+    middle = fit.level + _shape(shaping, fit.parameters[shaping], x)
+    leverage, freedom = np.full(len(x), 1 / len(x)), len(x) - 1
+    if fit.name not in _EXPONENTS:  # a second number is fitted
+        leverage += (x - x.mean()) ** 2 / (len(x) * np.var(x))
+        freedom -= 1
+    deviation = (y - middle) / (1 - leverage)
+    for _ in range(count):
+        student = math.sqrt(freedom / rng.chisquare(freedom))
+        yield middle + student * deviation * rng.standard_normal(len(x))
+
+
+def _shape(shaping: str, number: float | Array, x: Array) -> Array:
+    """Logarithms of a curve up to its scale: of tᵖ, or of 1 − exp(−t/time)."""
+    return number * x if shaping == "exponent" else np.log(-np.expm1(-np.exp(x) / number))
 
 
 def _exponential(x: float) -> float:

@@ -60,22 +60,48 @@ class Snapshot:
         self._others = list(others)
         with unperturbed(optimizer):
             self._params = _copies(_parameters(optimizer))
+            self._homes = [(module, dict(module._buffers)) for module in model.modules()]
             self._buffers = _copies(list(model.buffers()))
             self._state = copy.deepcopy(optimizer.state_dict())
             self._other_states = [copy.deepcopy(x.state_dict()) for x in self._others]
         self._random = _random_state()
 
+    @property
+    def fits(self) -> bool:
+        """Whether the optimizer has the parameters that it had; of others nothing is kept."""
+        return [*map(id, _parameters(self._optimizer))] == [id(p) for p, _ in self._params]
+
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back, bit for bit; gradients are cleared. It can be called repeatedly."""
+        """Put everything back, bit for bit; gradients are cleared. It can be called repeatedly.
+
+        Raises:
+            RuntimeError: if the optimizer was given other parameters since; nothing is changed.
+        """
+        if not self.fits:
+            raise RuntimeError(
+                "optimizer: its parameters are not those of the snapshot, which has nothing to put "
+                "back for the others; make one after add_param_group"
+            )
         with unperturbed(self._optimizer):
             self._optimizer.zero_grad()
+            for module, named in self._homes:
+                module._buffers.update(named)  # some modules put another tensor in its place
             for tensor, saved in (*self._params, *self._buffers):
                 tensor.copy_(saved)
             self._optimizer.load_state_dict(copy.deepcopy(self._state))
+            self._undo_casts()
             for other, state in zip(self._others, self._other_states, strict=True):
                 other.load_state_dict(copy.deepcopy(state))
         _set_random_state(self._random)
+
+    def _undo_casts(self) -> None:
+        """Loading casts state to the parameter's dtype, Adafactor's float32 to bfloat16."""
+        for index, p in enumerate(_parameters(self._optimizer)):
+            for name, saved in self._state["state"].get(index, {}).items():
+                loaded = self._optimizer.state[p]
+                if isinstance(saved, Tensor) and saved.dtype != loaded[name].dtype:
+                    loaded[name] = saved.clone()
 
 
 def lower_learning_rate(optimizer: Optimizer, others: Sequence[Stateful], factor: float) -> None:
