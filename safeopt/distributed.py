@@ -149,8 +149,8 @@ class Master(Protocol):
 _MASTER = "_safeopt_master"
 
 
-def set_master(p: Tensor, master: Master) -> None:
-    """Make ``master`` what optimizers move in place of a model's parameter."""
+def set_master(p: Tensor, master: Master | None) -> None:
+    """Make ``master`` what optimizers move in place of a model's parameter; None: itself again."""
     setattr(p, _MASTER, master)
 
 
@@ -231,7 +231,7 @@ class Layout:
         if self.sharded:
             raise TypeError(
                 f"{what}: it needs whole parameters, and these are sharded; run it before "
-                "fully_shard, or on one process"
+                "fully_shard, on one process, or after DeepSpeed's engine.destroy()"
             )
 
     def sum(self, values: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def forward_arguments(model: Any) -> frozenset[str]:
-    """Names that the model's forward accepts, looked up behind PEFT's, data-parallel and compiled ones."""
+    """Names that the model's forward accepts, behind PEFT, data-parallel and compiled modules."""
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()

@@ -178,5 +178,5 @@ def test_reference_kl_errors():
     batch, loss = safety_batch((3,), (4,)), ReferenceKL()
     loss.cache(tiny_llama().eval(), batch)
     batch["labels"][0, -1] = -100
-    with pytest.raises(ValueError, match="labels: 3 tokens count of an example .* cached with 4"):
+    with pytest.raises(ValueError, match=r"labels: 3 tokens count of an example .* cached with 4"):
         loss(tiny_llama().eval(), batch)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from safeopt.distributed import Layout, Range, set_master
+from safeopt.distributed import Layout, Range, master_of, set_master
 from safeopt.integrations.versions import require
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
@@ -68,11 +68,13 @@ def protect(
         method ``restore()``; call that before ``engine.save_checkpoint``. The protection travels in
         the engine's checkpoints; where a second engine trains the same model on, with the same
         ranks and groups, ``continue_from(safety)`` takes over the first one's. There is no
-        ``safety.coupling``: the engine clears the gradients in the step.
+        ``safety.coupling``: the engine clears the gradients in the step. ``engine.destroy()``
+        leaves an ordinary model, without the protection.
 
     Raises:
         ImportError: if DeepSpeed is missing or too old.
-        TypeError: if ``engine`` is none, shards in another way, or an option is unknown.
+        TypeError: if ``engine`` is none, shards in another way (``offload_optimizer``,
+            ``round_robin_gradients``, …), or an option is unknown.
         ValueError: if it is protected already, nothing is left to protect, the probe's model is
             another one, or an option is out of its range.
 
@@ -84,20 +86,21 @@ def protect(
     zero = _optimizer_of(engine)
     geometry = SafetyGeometry(probe, config_of(options))
     check_groups(zero)
-    groups = zip(zero.param_groups, zero.bit16_groups, strict=True)
-    params = [p for group, members in groups if group.get("protect", True) for p in members]
+    groups = [i for i, group in enumerate(zero.param_groups) if group.get("protect", True)]
+    params = [p for i in groups for p in zero.bit16_groups[i]]
     if not params:
         raise ValueError("engine: no parameter is left to protect; all groups have protect=False")
     probe.layout(params)  # are they the model's?
     if geometry.active:
-        for p in params:
-            set_master(p, _Master(p, zero))
+        for i in groups:
+            for p in zero.bit16_groups[i]:
+                set_master(p, _Master(p, zero, zero.single_partition_of_fp32_groups[i]))
         probe.divide(zero.dp_process_group)
-    protection = _Protection(zero, geometry, params, on_refresh_error)
+    protection = _Protection(zero, geometry, groups, params, on_refresh_error)
     zero.safety, zero.restore = geometry, protection.restore
     zero.continue_from = protection.continue_from
     if geometry.active:
-        zero.step = protection.step
+        zero.step, zero.destroy = protection.step, protection.destroy
         zero.state_dict, zero.load_state_dict = protection.state_dict, protection.load_state_dict
     return zero
 
@@ -106,7 +109,8 @@ def _optimizer_of(engine: Any) -> Any:
     """The engine's ZeRO optimizer.
 
     Raises:
-        TypeError: if it is not one of stage 1 or 2, or not all of its numbers are on the device.
+        TypeError: if it is not one of stage 1 or 2, or not all of its numbers are on the device, or
+            it is not known which of them are a parameter's.
         ValueError: if it is protected already.
     """
     if not hasattr(engine, "zero_optimization_stage"):
@@ -116,12 +120,23 @@ def _optimizer_of(engine: Any) -> Any:
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage not in (1, 2):
         raise TypeError(f"engine: ZeRO stage {stage} cannot be protected; use stage 1 or 2")
+    if not hasattr(zero, "bit16_groups"):
+        raise TypeError(
+            f"engine: with bfloat16 weights, float32 sums of gradients and stage 1 it has a "
+            f"{type(zero).__name__}, which cannot be protected; use stage 2"
+        )
+    if zero.round_robin_gradients:
+        raise TypeError(
+            "engine: with round_robin_gradients DeepSpeed takes other numbers for a parameter's "
+            "than its optimizer; leave it out"
+        )
     if getattr(zero, "cpu_offload", False):
         raise TypeError(
             "engine: offload_optimizer keeps the numbers on the host, where the safety directions "
             "would have to be as well; leave it out"
         )
-    if engine.has_moe_layers or dist.get_world_size(zero.dp_process_group) < dist.get_world_size():
+    alone = dist.get_world_size(zero.dp_process_group) == dist.get_world_size()
+    if engine.has_moe_layers or zero.sequence_parallel_size > 1 or not alone:
         raise TypeError(
             "engine: expert, tensor, sequence and pipeline parallelism cannot be protected; train "
             "with data-parallel ranks alone"
@@ -132,24 +147,28 @@ def _optimizer_of(engine: Any) -> Any:
 
 
 class _Master:
-    """This rank's range of a parameter's float32 numbers, see `safeopt.distributed.Master`."""
+    """This rank's range of a parameter's float32 numbers, see `safeopt.distributed.Master`.
 
-    def __init__(self, p: Any, zero: Any) -> None:
-        mapping = p._hp_mapping  # None where other ranks have all of it
-        start, length = 0, 0
-        if mapping is not None:
-            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+    Args:
+        p: the parameter.
+        zero: the engine's optimizer.
+        flat: this rank's numbers of all parameters of its group. Views of it are made anew each
+            time: DeepSpeed moves it (``offload_states``), and makes and drops its own views.
+    """
+
+    def __init__(self, p: Any, zero: Any, flat: Tensor) -> None:
+        start, length, first = 0, 0, 0
+        if p._hp_mapping is not None:  # else other ranks have all of it
+            here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+            start, length, first = here.start, here.numel, there.start
         self.range = Range(start, length, p.shape)
         self.group = zero.dp_process_group
         self.publish = zero.update_lp_params
-        self._mapping = mapping
-        self._none = torch.empty(0, dtype=torch.float32, device=p.device)
+        self._flat = flat
+        self._first = first
 
     def values(self) -> Tensor:
-        if self._mapping is None:
-            return self._none
-        numbers: Tensor = self._mapping.get_hp_fragment()
-        return numbers.detach()
+        return self._flat.detach().narrow(0, self._first, self.range.length)
 
 
 class _Protection:
@@ -159,15 +178,18 @@ class _Protection:
         self,
         zero: Any,
         geometry: SafetyGeometry,
+        groups: list[int],
         params: list[Any],
         on_refresh_error: OnRefreshError,
     ) -> None:
         self._zero = zero
         self._geometry = geometry
+        self._groups = groups
         self._params = params
+        self._masters = [master_of(p) for p in params]
         self._policy = on_refresh_error
         self._own_step, self._own_state = zero.step, zero.state_dict
-        self._own_load = zero.load_state_dict
+        self._own_load, self._own_destroy = zero.load_state_dict, zero.destroy
 
     def step(self, closure: None = None) -> None:
         """The engine's step, then the map and, where it is time, a refresh."""
@@ -186,6 +208,13 @@ class _Protection:
         """See `ProjectedAdamW.restore`. All ranks call it."""
         with torch.inference_mode(False):
             return self._geometry.restore(self._params)
+
+    def destroy(self) -> None:
+        """The engine's end: the optimizer moves the parameters no more, and another one may."""
+        for p, master in zip(self._params, self._masters, strict=True):
+            if master_of(p) is master:  # not a later engine's
+                set_master(p, None)
+        self._own_destroy()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the engine's checkpoint."""
@@ -234,11 +263,7 @@ class _Protection:
         """Whether the step's gradients can be protected, as `protection` decides it elsewhere."""
         if self._zero.dtype == torch.float16:
             return True  # the engine looks itself, skips the step and lowers the loss scale
-        gradients = [
-            p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
-            for p in self._params
-            if getattr(p, "_hp_mapping", None) is not None
-        ]
+        gradients = [g for i in self._groups for g in self._zero.averaged_gradients[i]]
         layout = Layout.of(self._params)
         if not layout.any(not all_finite(gradients), self._params[0].device):
             return True
