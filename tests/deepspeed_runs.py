@@ -19,6 +19,7 @@ from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, safeguard
 
 RATE = 1e-2
+MIDDLE = 9
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -199,6 +200,50 @@ def not_finite_but_warned() -> dict[str, Any]:
     return not_finite_on_one_rank("warn")
 
 
+def skipped_batch() -> dict[str, Any]:
+    """The same, of float32 sums of bfloat16 gradients; training goes on with the next batch."""
+    from safeopt.integrations.deepspeed import protect
+
+    model, probe = model_and_probe()
+    sums = {"grad_accum_dtype": "fp32"}
+    engine = engine_of(model, 2, bf16={"enabled": True}, data_types=sums)
+    optimizer = protect(engine, probe, **options())
+    engine.backward(task_loss(engine, 0) * float("inf"))
+    found: dict[str, Any] = {"error": None}
+    try:
+        engine.step()
+    except FloatingPointError as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    train(engine, 1, 3)
+    return {**found, **consistent(engine), "steps": optimizer.safety.step_count}
+
+
+def offloaded() -> dict[str, Any]:
+    """DeepSpeed makes its views anew, and then moves what they were of."""
+    engine, optimizer = started(2)
+    train(engine, 0, MIDDLE)
+    states = [optimizer.state_dict()] * ranks()
+    optimizer.load_state_dict(states, load_from_fp32_weights=True)
+    engine.offload_states()
+    engine.reload_states()
+    train(engine, MIDDLE, STEPS)
+    return outcome(engine.module, optimizer)
+
+
+def destroyed() -> dict[str, bool]:
+    """Whether the parameters have masters: of a later engine, and after the last one's end."""
+    from safeopt.integrations.deepspeed import protect
+
+    first, optimizer = started(1)
+    model, probe = first.module, optimizer.safety.probe
+    second = engine_of(model, 2)
+    protect(second, probe, **options())
+    first.destroy()
+    later = probe.layout(trainable(model)).sharded
+    second.destroy()
+    return {"later": later, "at the end": probe.layout(trainable(model)).sharded}
+
+
 def failed_refresh() -> dict[str, Any]:
     """A refresh that fails on all ranks after it has moved the parameters."""
     engine, optimizer = started(2, half=True)
@@ -234,10 +279,21 @@ def refusals(folder: Path) -> dict[str, str]:
     exempt = torch.nn.Linear(2, 2)
     free = engine_of(exempt, 1, partly=True)
     free.optimizer.param_groups[0]["protect"] = False
+    mixed, its_order = model_and_probe()
+    turns = engine_of(mixed, 2, zero_optimization={"stage": 2, "round_robin_gradients": True})
+    low, its_sums = model_and_probe()
+    sums = {"grad_accum_dtype": "fp32"}
+    bf16 = engine_of(low, 1, bf16={"enabled": True}, data_types=sums)
+    long, its_sequences = model_and_probe()
+    ulysses = engine_of(long, 2)
+    ulysses.optimizer.sequence_parallel_size = 2
     inside, inside_probe = model_and_probe()
     cases: dict[str, Callable[[], Any]] = {
         "no engine": lambda: protect(exempt, probe),
         "stage 0": lambda: protect(bare, its_probe),
+        "round robin": lambda: protect(turns, its_order),
+        "bfloat16 optimizer": lambda: protect(bf16, its_sums),
+        "sequences": lambda: protect(ulysses, its_sequences),
         "another model": lambda: protect(engine, its_probe),
         "option": lambda: protect(engine, probe, ranks=3),
         "policy": lambda: protect(engine, probe, on_refresh_error="stop"),

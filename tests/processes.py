@@ -79,7 +79,9 @@ def _wait(workers: list[Any], folder: Path) -> None:
 
 
 def _said(folder: Path, ranks: Iterable[int]) -> str:
-    return "\n".join(f"rank {rank}: {(folder / f'{rank}.txt').read_text()}" for rank in ranks)
+    paths = {rank: folder / f"{rank}.txt" for rank in ranks}
+    said = {rank: p.read_text() if p.exists() else "not begun" for rank, p in paths.items()}
+    return "\n".join(f"rank {rank}: {text}" for rank, text in said.items())
 
 
 def _work(

@@ -14,7 +14,6 @@ from safeopt.distributed import Range
 
 pytest.importorskip("deepspeed")
 
-MIDDLE = 9
 RUNS = {
     "zero1": (work.run, 1),
     "zero2": (work.run, 2),
@@ -24,14 +23,17 @@ TASKS = {
     1: {"zero2": RUNS["zero2"]},
     2: {
         **RUNS,
-        "save": (work.save, 2, MIDDLE),
-        "resume": (work.resume, 2, MIDDLE),
-        "uninterrupted": (work.uninterrupted, 2, MIDDLE),
+        "save": (work.save, 2, work.MIDDLE),
+        "resume": (work.resume, 2, work.MIDDLE),
+        "uninterrupted": (work.uninterrupted, 2, work.MIDDLE),
         "half": (work.half, 1),
         "unprotected": (work.with_a_group_unprotected,),
         "overflow": (work.not_finite_on_one_rank,),
         "warned": (work.not_finite_but_warned,),
+        "skipped": (work.skipped_batch,),
         "failed": (work.failed_refresh,),
+        "offloaded": (work.offloaded,),
+        "destroyed": (work.destroyed,),
         "refusals": (work.refusals,),
         "example": (work.example,),
     },
@@ -128,6 +130,27 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_step(results):
 
 
 @pytest.mark.slow
+def test_a_batch_that_was_refused_is_not_added_to_the_next(results):
+    for mine in results[2]["skipped"]:
+        assert mine["error"].startswith("FloatingPointError: the task gradient is not finite")
+        assert mine["steps"] == 2
+        assert all(mine["rounded"])
+
+
+@pytest.mark.slow
+def test_numbers_that_deepspeed_has_moved_are_protected(results):
+    for mine, other in zip(results[2]["offloaded"], results[2]["zero2"], strict=True):
+        assert all(map(torch.equal, mine["params"], other["params"]))
+        assert mine["losses"] == other["losses"]
+
+
+@pytest.mark.slow
+def test_an_engine_that_was_destroyed_leaves_an_ordinary_model(results):
+    for mine in results[2]["destroyed"]:
+        assert mine == {"later": True, "at the end": False}
+
+
+@pytest.mark.slow
 def test_a_refresh_that_fails_leaves_the_step_without_it(results):
     """Masters and weights are those after the step, on all ranks, and training goes on."""
     for mine in results[2]["failed"]:
@@ -144,6 +167,9 @@ def test_a_refresh_that_fails_leaves_the_step_without_it(results):
         ("no engine", "TypeError: engine=Linear: expected the engine that deepspeed.initialize"),
         ("stage 0", "TypeError: engine: ZeRO stage 0 cannot be protected; use stage 1 or 2"),
         ("twice", "ValueError: engine: it is protected already; call protect once"),
+        ("round robin", "TypeError: engine: with round_robin_gradients DeepSpeed mistakes"),
+        ("bfloat16 optimizer", "TypeError: engine: with grad_accum_dtype fp32 and bfloat16 "),
+        ("sequences", "TypeError: engine: expert, tensor, sequence and pipeline parallelism"),
         ("another model", "ValueError: params: 21 of 21 parameters do not belong to the probe's"),
         ("option", "TypeError: options: ranks is unknown; expected some of: rank, "),
         ("policy", 'ValueError: on_refresh_error="stop": expected one of "raise", "warn"'),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 
 def _fail():
+    dist.barrier()  # else rank 0 may still be connecting, and fail as well
     if dist.get_rank() == 1:
         raise ValueError("not this one")
     time.sleep(600)  # as a rank that waits for it
@@ -38,6 +39,23 @@ def test_a_hang_shows_what_each_rank_was_doing(monkeypatch):
     monkeypatch.setattr(processes, "_LIMIT", 5)
     with pytest.raises(AssertionError, match=r"not done after 5 s\nrank 0: (.|\n)* in barrier"):
         processes.run_ranks(2, _hang)
+
+
+class _Unloadable:
+    def __call__(self):
+        pass
+
+    def __reduce__(self):
+        return _die_at_once, ()
+
+
+def _die_at_once():
+    raise ValueError("no rank can load it")
+
+
+def test_a_process_that_does_not_begin_is_named():
+    with pytest.raises(AssertionError, match=r"by rank: \{0: 1\}\nrank 0: not begun"):
+        processes.run_ranks(0, _Unloadable())
 
 
 def test_a_process_that_dies_is_named():

@@ -122,13 +122,13 @@ def _optimizer_of(engine: Any) -> Any:
         raise TypeError(f"engine: ZeRO stage {stage} cannot be protected; use stage 1 or 2")
     if not hasattr(zero, "bit16_groups"):
         raise TypeError(
-            f"engine: with bfloat16 weights, float32 sums of gradients and stage 1 it has a "
+            f"engine: with grad_accum_dtype fp32 and bfloat16 weights stage 1 has a "
             f"{type(zero).__name__}, which cannot be protected; use stage 2"
         )
     if zero.round_robin_gradients:
         raise TypeError(
-            "engine: with round_robin_gradients DeepSpeed takes other numbers for a parameter's "
-            "than its optimizer; leave it out"
+            "engine: with round_robin_gradients DeepSpeed mistakes which float32 numbers are which "
+            "parameter's; leave it out"
         )
     if getattr(zero, "cpu_offload", False):
         raise TypeError(
@@ -267,5 +267,9 @@ class _Protection:
         layout = Layout.of(self._params)
         if not layout.any(not all_finite(gradients), self._params[0].device):
             return True
+        if self._policy == "raise":  # the next gradients may be added to those that are there
+            self._zero.zero_grad()
+            for i in self._zero.averaged_gradients:
+                self._zero.averaged_gradients[i] = None
         report(not_finite(), self._policy)
         return False
