@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import tiny
-from benchmarks.__main__ import app
+from benchmarks.__main__ import app, console
 from benchmarks.ablation import ablation
 from benchmarks.charts import scale
 from benchmarks.config import ConfigError, RunConfig, SweepConfig
@@ -177,11 +177,11 @@ def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
     assert_pages_survive(lambda: leaderboard(folder, QUIET), *pages)
 
 
-def test_the_terminal_tells_grid_points_apart(folder: Path, tmp_path: Path):
+def test_the_terminal_tells_grid_points_apart(folder: Path, tmp_path: Path, monkeypatch):
     shutil.copytree(folder / "val", tmp_path / "val")
-    done = CliRunner().invoke(
-        app, ["report", str(tmp_path / "val")], catch_exceptions=False, env={"COLUMNS": "200"}
-    )
+    # COLUMNS is not looked at any more where it was set when the module was imported.
+    monkeypatch.setattr(console, "_width", 200)
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "val")], catch_exceptions=False)
     assert "adamw[learning_rate=0.002]" in done.output
     assert "adamw[learning_rate=0.004]" in done.output
 
