@@ -131,6 +131,7 @@ class Bench:
                 rates = self.evaluator.rates(model)
                 divergence = self.evaluator.harmless_kl(model)
                 metric = self.evaluator.task_metric(model)
+                separation = self.evaluator.separation(model)
             seconds = clock() - began
         trajectory.seconds.evaluation += seconds
         trajectory.seconds.total += seconds
@@ -153,7 +154,11 @@ class Bench:
             tokens=trajectory.tokens,
             peak_bytes=memory.bytes,
             harmless_kl=divergence,
-            task_metric=None
-            if metric is None or start.task_metric is None
-            else Span(start=start.task_metric, end=metric),
+            task_metric=_span(start.task_metric, metric),
+            separation=_span(start.separation, separation),
         )
+
+
+def _span(start: float | None, end: float | None) -> Span | None:
+    """Both, where the config asks for the figure."""
+    return None if start is None or end is None else Span(start=start, end=end)

@@ -41,23 +41,24 @@ def leaderboard(folder: Path, console: Console) -> Path:
 
 def markdown(found: Standings) -> str:
     """The leaderboard as a Markdown table, for a README."""
-    lines = [
-        "| method | rise removed | at its own task loss | alignment loss | task loss | refuses "
-        "| over-refuses | safety time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     start = found.test.start
     assert start is not None
-    lines.append(
+    separated = start.separation is not None
+    lines = [
+        "| method | rise removed | at its own task loss | alignment loss | task loss | refuses "
+        f"| over-refuses |{' separation |' * separated} safety time |",
+        f"|---|---|---|---|---|---|---|---|{'---|' * separated}",
         f"| start | | | {start.alignment_loss:.3f} | {start.task_loss:.3f} "
-        f"| {start.refusal_rate:.0%} | {start.over_refusal_rate:.0%} | |"
-    )
+        f"| {start.refusal_rate:.0%} | {start.over_refusal_rate:.0%} "
+        f"|{_separation(start.separation)} |",
+    ]
     for row in found.rows:
         name = f"**{row.method}**" if row.ours else row.method
         note = f" ({reached(row)})" if reached(row) else ""
         lines.append(
             f"| {name} | {removed(row)}{note} | {own(row)} | {row.alignment:.3f} | {row.task:.3f} "
-            f"| {row.refusal:.0%} | {row.over_refusal:.0%} | {row.share:.1%} |"
+            f"| {row.refusal:.0%} | {row.over_refusal:.0%} "
+            f"|{_separation(row.separation)} {row.share:.1%} |"
         )
     seeds, prompts = len(found.config.seeds), found.config.evaluation.alignment_prompts
     lines += [
@@ -68,7 +69,9 @@ def markdown(found: Standings) -> str:
         f"(+{found.tolerance:.0%}); at its own task loss: compared with what AdamW's frontier has "
         "there; with 95% intervals of a paired bootstrap over seeds and prompts. Reached in: in so "
         "many of its draws the method reaches that task loss, and the interval is of these. Every "
-        "method was tuned on other prompts.",
+        "method was tuned on other prompts."
+        + " Separation: in this share of the pairs of a harmful and a harmless prompt a refusal of "
+        "the harmful one is the likelier." * separated,
         "",
     ]
     return "\n".join(lines)
@@ -95,6 +98,11 @@ def own(row: Row) -> str:
     if row.method == BASELINE:
         return ""
     return _interval(row.matched.own) if row.matched.own else "nothing rose"
+
+
+def _separation(value: float | None) -> str:
+    """A cell of the Markdown table; no cell without the figure."""
+    return "" if value is None else f" {value:.3f} |"
 
 
 def _interval(share: Interval) -> str:

@@ -84,6 +84,7 @@ class Record(_Strict):
         harmless_kl: KL(π_θ₀ ‖ π_θ) in nats per token on the aligned model's answers to harmless
             prompts, if the config asks for it.
         task_metric: the task's metric, between 0 and 1, likewise; see `benchmarks.metrics`.
+        separation: area under the ROC curve between harmful and harmless prompts, likewise.
         peak_bytes: peak resident memory of the whole process during the run, sampled every 50
             milliseconds; on a GPU, the peak of the memory that torch has allocated there.
     """
@@ -106,6 +107,7 @@ class Record(_Strict):
     peak_bytes: int
     harmless_kl: float | None = None
     task_metric: Span | None = None
+    separation: Span | None = None
 
 
 class Start(_Strict):
@@ -122,6 +124,7 @@ class Start(_Strict):
     prompts: list[float] | None = None
     answers: list[list[int]] | None = None
     task_metric: float | None = None
+    separation: float | None = None
 
 
 class Failure(_Strict):

@@ -115,6 +115,7 @@ class EvaluationConfig(Strict):
         over_refusal_prompts: harmless prompts that look harmful, likewise.
         new_tokens: length of an answer; a refusal shows in its first words.
         harmless_kl: measure KL(π_θ₀ ‖ π_θ) on the aligned model's answers to the harmless prompts.
+        separation: measure how well the refusal's likelihood tells harmful from harmless prompts.
         per_prompt: keep the alignment loss of each prompt, for intervals; a sweep always does.
         metric_examples: held-out task examples that are answered for the task's metric; 0 for none.
         metric_tokens: length of such an answer.
@@ -127,6 +128,7 @@ class EvaluationConfig(Strict):
     over_refusal_prompts: PositiveInt = 32
     new_tokens: PositiveInt = 9
     harmless_kl: bool = False
+    separation: bool = False
     per_prompt: bool = False
     metric_examples: NonNegativeInt = 0
     metric_tokens: PositiveInt = 64

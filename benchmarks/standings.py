@@ -45,6 +45,7 @@ class Row:
     over_refusal: float
     harmless_kl: float | None
     task_metric: float | None
+    separation: float | None
     seconds: float
     share: float
     passes: tuple[float, float, float]
@@ -225,6 +226,9 @@ def _row(
         task_metric=None
         if records[0].task_metric is None
         else mean(lambda r: r.task_metric.end if r.task_metric else 0.0),
+        separation=None
+        if records[0].separation is None
+        else mean(lambda r: r.separation.end if r.separation else 0.0),
         seconds=training,
         share=mean(lambda r: r.seconds.safety) / training if training > 0 else 0.0,
         passes=(

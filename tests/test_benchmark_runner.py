@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from scipy.stats import mannwhitneyu
 
+from benchmarks.bench import Bench
 from benchmarks.config import RunConfig
 from benchmarks.jobs import Processes, RayCluster
 from benchmarks.records import read_result
 from benchmarks.run import run
+from benchmarks.tasks import refusal_row
 
 QUIET = Console(quiet=True)
 
@@ -52,6 +57,7 @@ def config(methods: list[dict], seeds: tuple[int, ...] = (0,)) -> RunConfig:
                 "over_refusal_prompts": 4,
                 "new_tokens": 4,
                 "harmless_kl": True,
+                "separation": True,
                 "per_prompt": True,
                 "metric_examples": 2,
             },
@@ -92,7 +98,32 @@ def test_a_record_has_what_the_config_asks_for(here):
         assert sum(point.prompts) / 6 == pytest.approx(point.alignment_loss, rel=1e-4)
     assert record.harmless_kl > 0
     assert 0 <= record.task_metric.end <= 1
+    assert record.separation.start == here.start.separation
+    assert 0 <= record.separation.end <= 1
     assert len(here.start.answers) == 4
+
+
+def test_separation_is_the_area_under_the_roc_curve():
+    bench = Bench(config([{"name": "adamw"}]))
+    material, tokenizer = bench.material, bench.evaluator.tokenizer
+
+    def score(prompt: str) -> float:
+        """The refusal's log-likelihood, one example at a time."""
+        row = refusal_row(tokenizer, prompt)
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            logits = bench.model(ids[None]).logits[0, :-1].double()
+        where = labels[1:] != -100
+        return float(logits.log_softmax(-1)[where].gather(1, labels[1:][where, None]).sum())
+
+    harmful, harmless = (
+        [score(prompt) for prompt in prompts] for prompts in (material.harmful, material.harmless)
+    )
+    area = mannwhitneyu(harmful, harmless).statistic / (len(harmful) * len(harmless))
+    assert bench.measure_start().separation == area
+    # Prompts that cannot be told apart.
+    bench.evaluator.material = replace(material, harmless=material.harmful)
+    assert bench.evaluator.separation(bench.model) == 0.5
 
 
 def test_processes_give_the_same_json_as_one_process(here, tmp_path: Path):

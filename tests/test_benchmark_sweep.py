@@ -60,6 +60,7 @@ def plain() -> dict:
             "over_refusal_prompts": 4,
             "new_tokens": 4,
             "harmless_kl": True,
+            "separation": True,
             "metric_examples": 2,
         },
     }
@@ -173,6 +174,9 @@ def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
     assert text == markdown(found)
     assert "**projected_adamw**" in text
     assert "| adamw | baseline |" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {10}
+    assert f"| {found.test.start.separation:.3f} | |" in table[2]
     pages = (folder / "leaderboard.md", folder / "leaderboard.html")
     assert_pages_survive(lambda: leaderboard(folder, QUIET), *pages)
 
