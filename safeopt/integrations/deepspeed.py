@@ -246,18 +246,13 @@ class _Protection:
             check_state(state, self._params, self._geometry)
         self._own_load(state_dict_list, load_optimizer_states=load_optimizer_states, **options)
         if state is not None:
-            self._load(state)
+            load_state(self._geometry, state, self._params)
 
     def continue_from(self, geometry: SafetyGeometry) -> None:
         """Go on from the state of another engine that has trained the same parameters."""
         state = pack_state(geometry)
         check_state(state, self._params, self._geometry)
-        self._load(state)
-
-    def _load(self, state: Mapping[str, Any]) -> None:
         load_state(self._geometry, state, self._params)
-        present = self._geometry.subspace is not None
-        self._geometry.spanned = self._params if present else []
 
     def _accepts(self) -> bool:
         """Whether the step's gradients can be protected, as `protection` decides it elsewhere."""

@@ -161,14 +161,15 @@ def attach(
 
     Raises:
         ValueError: if ``on_refresh_error`` is unknown, or a protected group is ``capturable`` or
-            ``differentiable`` or has no learning rate.
+            ``differentiable``, has no learning rate or names a parameter twice.
         TypeError: for complex or sparse parameters.
     """
     check_policy(on_refresh_error)
+    if geometry.active:
+        check_groups(optimizer)
     optimizer.safety = geometry  # type: ignore[attr-defined]
     hooks: dict[str, Callable[..., Any]] = {}
     if geometry.active:
-        check_groups(optimizer)
         protection = _Protection(geometry, on_refresh_error)
         hooks = {
             "_optimizer_step_pre_hooks": protection.before,
@@ -283,9 +284,7 @@ class _Protection:
         """Continue from the checked state, once."""
         if not self._checked:
             return
-        params = self._loaded_into(optimizer)
-        load_state(self._geometry, self._checked, params)
-        self._geometry.spanned = params if self._geometry.subspace is not None else []
+        load_state(self._geometry, self._checked, self._loaded_into(optimizer))
         self._checked = {}
 
     def _loaded_into(self, optimizer: Optimizer) -> list[Tensor]:
@@ -380,6 +379,11 @@ def check_groups(optimizer: Optimizer) -> None:
                     "captured or differentiated; leave it False, or use protect=False"
                 )
         trained = [p for p in group["params"] if p.requires_grad]
+        if len(set(trained)) < len(trained):  # torch only warns; a step back would be taken twice
+            raise ValueError(
+                f"params: a group names {len(trained) - len(set(trained))} parameters twice (tied "
+                "weights?); give each of them once, or use protect=False"
+            )
         if any(p.is_complex() or p.layout != torch.strided for p in trained):
             raise TypeError(
                 "params: complex and sparse parameters cannot be protected; use protect=False"

@@ -229,6 +229,7 @@ def load_state(
     for name, value in state["passes"].items():
         setattr(geometry.passes, name, value)
     geometry.resume(state, subspace, vectors)
+    geometry.spanned = list(params) if subspace is not None else []
 
 
 def _copy(value: Tensor | None, device: torch.device | None = None) -> Tensor | None:
