@@ -27,7 +27,7 @@ from tiny_models import tiny_llama, tiny_tokenizer, with_lora
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]*)$")
 _SKIP = re.compile(r'skip="(?P<why>[^"]*)"')
 HARMFUL = [f"w{i} w{i + 1} w{i + 2}" for i in range(4, 16)]
-HARMLESS = [f"w{i} w{i + 2}" for i in range(20, 24)]
+HARMLESS = [f"w{i} w{i + 2}" for i in range(20, 33)]  # more than refusals are given
 REFUSAL = "w30 w31 w32"
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import datasets
 import pytest
 from documents import Block, added, blocks, versions, world, write_files
 from transformers import training_args
+
+import safeopt
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -75,3 +79,23 @@ def test_the_table_of_integrations_names_tests_and_examples_that_exist():
     examples = {path.name for path in (ROOT / "examples").glob("*.py")}
     shown = set(re.findall(r"examples/(\w+\.py)", page))
     assert shown == examples - {"common.py", "orthogonality_is_unstable.py"}
+
+
+def test_the_reference_shows_all_public_names_and_what_the_examples_import():
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md")]
+    shown = re.findall(r"^::: ([\w.]+)", "\n".join(pages), re.MULTILINE)
+    objects = [resolve_name(name) for name in shown]
+    named = {f"safeopt.{name}": getattr(safeopt, name) for name in safeopt.__all__}
+    for example in ROOT.glob("examples/*.py"):
+        text = example.read_text(encoding="utf-8")
+        for module, names in re.findall(
+            r"^from (safeopt[\w.]*) import ([\w, ]+)", text, re.MULTILINE
+        ):
+            for name in names.strip().split(", "):
+                named[f"{module}.{name}"] = getattr(import_module(module), name)
+    missing = {
+        name
+        for name, value in named.items()
+        if value.__module__ not in shown and not any(value is each for each in objects)
+    }
+    assert missing <= {"safeopt.diagnostics.plots.curve_plot"}  # of our own figures
