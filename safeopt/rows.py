@@ -8,7 +8,7 @@ the rows multiply, and one parameter's part of them at a time. `DenseRows` keeps
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -196,22 +196,29 @@ def flat_combination(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """No TensorFloat-32 or bfloat16 inside, whatever the user has chosen for training.
+def exact_products(device: torch.device, *, autocast: bool = False) -> Iterator[None]:
+    """No TensorFloat-32, bfloat16 or autocast inside, whatever the user has chosen for training.
 
     They keep 11 and 8 bits of a number: Uᵀθ − Uᵀθ_r would be lost in the rounding of Uᵀθ. CPUs with
     bfloat16 products take these at ``torch.set_float32_matmul_precision("medium")``. The setting is
-    the process's, not the thread's.
+    the process's, not the thread's. Autocast is on where ``optimizer.step()`` is called under it.
+
+    Args:
+        device: where the products are taken.
+        autocast: leave autocast as it is, for passes of a model that may not run without.
     """
-    if not rounds_products(device):
-        yield
-        return
-    before = _precision(device)
-    _set_precision(device, "ieee" if _own_setting(device) else "highest")
-    try:
-        yield
-    finally:
-        _restore_precision(device, before)
+    kind = device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if casts and not autocast else nullcontext():
+        if not rounds_products(device):
+            yield
+            return
+        before = _precision(device)
+        _set_precision(device, "ieee" if _own_setting(device) else "highest")
+        try:
+            yield
+        finally:
+            _restore_precision(device, before)
 
 
 def rounds_products(device: torch.device) -> bool:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from test_krylov import SIZE, Dense, decaying, matrix_of
+from tolerances import ORTHONORMAL
 
 from safeopt.curvature.density import hutch_pp, spectral_density
+from safeopt.curvature.rowspace import RowSpace
 
 
 def test_trace_of_a_low_rank_matrix_is_exact():
@@ -38,6 +40,19 @@ def test_a_sketch_that_sees_nothing_is_no_zero_trace():
     found = [hutch_pp(Dense(matrix, [(6,)]), 9, seed=seed) for seed in range(40)]
     assert all(estimate.value != 0 or estimate.standard_error >= 0 for estimate in found)
     assert sum(estimate.value for estimate in found) / 40 == pytest.approx(2, abs=0.25)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.1])
+def test_a_sketch_of_nearly_dependent_products(ratio):
+    """Eigenvalues that fall fast: the sketch's rows differ by little more than their rounding."""
+    values = ratio ** torch.arange(SIZE).double()
+    for seed in range(4):
+        operator = Dense(matrix_of(values)[0], dtype=torch.float32)
+        space = RowSpace(operator, seed)
+        q = space.orthonormal(space.products(space.signs(16)), space.empty())
+        assert (q @ q.T - torch.eye(len(q))).abs().max() < ORTHONORMAL[torch.float32]
+        estimate = hutch_pp(operator, 48, seed=seed)
+        assert estimate.value == pytest.approx(float(values.sum()), rel=1e-5)
 
 
 def test_trace_error_is_what_it_says():

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from safeopt import SafetyProbe
 from safeopt.curvature.basis import inner_products
 from safeopt.curvature.operators import FisherOperator, GGNOperator, HessianOperator
+from safeopt.curvature.operators.objective import equal_data
 from safeopt.curvature.solvers import gram
 from safeopt.losses import ReferenceKL, refusal_nll
 
@@ -407,6 +408,34 @@ def test_retained_notices_changed_parameters():
         assert torch.equal(a, b)
 
 
+class Reversing(list):
+    """Batches in another order at every other reading, as from a loader that shuffles."""
+
+    readings = 0
+
+    def __iter__(self):
+        self.readings += 1
+        return iter(self[:: 1 if self.readings % 2 else -1])
+
+
+@pytest.mark.parametrize("name", ["hessian", "fisher"])
+def test_data_that_changes_inside_of_a_solver_is_refused(name):
+    """The kept micro-batch is not to be counted a second time in the place of another one."""
+    choices = {"params": some} if name == "fisher" else {"params": some, "products": "double"}
+    operator = (FisherOperator if name == "fisher" else HessianOperator)(
+        MODEL, Reversing(BATCHES), **choices
+    )
+    vector = [torch.ones_like(p) for p in operator.params]
+    expected = build(name, "nll").matvec(vector)
+    for _ in range(2):
+        for actual, e in zip(operator.matvec(vector), expected, strict=True):
+            assert relative_error(actual, e) < GRADIENT[torch.float64]
+    with operator.retained():
+        operator.matvec(vector)
+        with pytest.raises(ValueError, match=r"batches: .* give list\(loader\)"):
+            operator.matvec(vector)
+
+
 def test_chosen_parameters_keep_their_order():
     params = [list(PARAMS.values())[i] for i in (3, 0)]
     operator = build("hessian", "nll", params=params)
@@ -416,29 +445,45 @@ def test_chosen_parameters_keep_their_order():
 
 
 def test_scalar_parameters_and_other_data():
-    """Not only language models: tuples of tensors, a loss of one value for each example."""
+    """Not only language models: tuples of tensors, parameters of one number and of none."""
 
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
             self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+            self.none = nn.Parameter(torch.ones(0, 3, dtype=torch.float64))
 
     def loss(model, batch):
-        x, y = batch
+        x, y = batch.values() if isinstance(batch, dict) else batch
         return 0.5 * (model.scale * x @ model.weight - y) ** 2
 
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
     batches = [(x, torch.zeros(2).double())]
+    named = [{"x": x, "y": torch.zeros(2).double()}]
     model = Scaled()
-    dense = torch.zeros(3, 3).double()
+    dense, fisher = torch.zeros(3, 3).double(), torch.zeros(3, 3).double()
     for a, b in x:  # f = s(aw₁ + bw₂): H = ∇f∇fᵀ + f∇²f with s = 2, w = (1, 1)
         g = torch.stack([a + b, 2 * a, 2 * b])
         second = torch.tensor([[0, a, b], [a, 0, 0], [b, 0, 0]]).double()
         dense += (torch.outer(g, g) + 2 * (a + b) * second) / 2
+        fisher += 4 * (a + b) ** 2 * torch.outer(g, g) / 2  # ∇½f² = f∇f
     assert (HessianOperator(model, batches, loss).to_dense() - dense).abs().max() < 1e-12
+    assert (FisherOperator(model, named, loss).to_dense() - fisher).abs().max() < 1e-12
     with pytest.raises(ValueError, match="dict of tensors"):
-        FisherOperator(model, batches, loss).matvec([torch.ones(()), torch.ones(2)])
+        FisherOperator(model, batches, loss).matvec(
+            [torch.ones(()), torch.ones(2), torch.ones(0, 3)]
+        )
+
+
+def test_equal_data_by_value():
+    x = torch.tensor([1.0, torch.nan])
+    batch = {"x": x, "more": (torch.tensor([True]), ["text", torch.arange(3)])}
+    again = {"x": x.clone(), "more": (torch.tensor([True]), ["other", torch.arange(3)])}
+    assert equal_data(batch, again)  # NaN included; what is no tensor is not compared
+    assert not equal_data(batch, {**again, "x": x[:1]})
+    assert not equal_data(batch, {**again, "x": x.nan_to_num(2.0)})
+    assert not equal_data(batch, {**again, "more": (torch.tensor([False]), ["", torch.arange(3)])})
 
 
 def test_errors_say_what_is_wrong():

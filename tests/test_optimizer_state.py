@@ -195,6 +195,20 @@ def test_a_model_may_be_frozen_right_after_its_first_look(name, monkeypatch):
     assert_same_run(optimizer.safety, fresh.safety)
 
 
+def test_a_larger_basis_of_a_process_group_is_saved_until_the_next_refresh(monkeypatch):
+    """Where a run goes on with a smaller ``rank``."""
+    monkeypatch.setattr("safeopt.optim.protection.in_process_group", lambda: True)
+    model, optimizer = build("ProjectedAdamW", **OPTIONS)
+    run(model, optimizer, 6)
+    again, fresh = build("ProjectedAdamW", **OPTIONS, rank=3)
+    again.load_state_dict(model.state_dict())
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert fresh.safety.subspace.rank > 3
+    _, other = build("ProjectedAdamW", **OPTIONS, rank=3)
+    other.load_state_dict(through_a_file(fresh.state_dict()))
+    assert_same_run(other.safety, optimizer.safety)
+
+
 def without(*path):
     def change(state):
         *parents, last = path

@@ -209,6 +209,38 @@ def test_capturable_and_differentiable_groups_are_refused(name):
     run(model, optimizer, 1)
 
 
+def test_an_optimizer_that_is_refused_does_not_look_protected():
+    model = tiny_llama(layers=1)
+    optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
+    with pytest.raises(ValueError, match="capturable=True"):
+        safeguard(optimizer, probe_of(model))
+    assert not hasattr(optimizer, "safety")
+    optimizer.param_groups[0]["capturable"] = False
+    assert safeguard(optimizer, probe_of(model)).safety.active
+
+
+@names
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_named_twice_is_refused(name):
+    """As of tied weights: each of two steps back would be the whole one."""
+    model = tiny_llama(layers=1)
+    first, *others = trainable(model)
+    with pytest.raises(ValueError, match=r"params: a group names 1 parameters twice \(tied"):
+        build(name, model=model, params=[first, *others, first])
+
+
+@names
+def test_a_step_under_autocast_keeps_its_precision(name):
+    """The basis and Uᵀθ − Uᵀθ_r have the 24 bits of float32, not the 8 of bfloat16."""
+    model, optimizer = build(name, refresh=EVERY, restore_alignment=False, mode="project")
+    for step in range(4):
+        task_step(model, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step()
+        assert all(b.dtype == torch.float32 for b in optimizer.safety.subspace.basis.blocks)
+        assert coordinates(optimizer).abs().max() < 1e-5
+
+
 @st.composite
 def layouts(draw):
     """Shapes, and a group for each with its learning rate and whether it is protected."""

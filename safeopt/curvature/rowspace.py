@@ -121,7 +121,7 @@ class RowSpace:
             count = 0
             for i in range(len(rows)):
                 row = rows[i : i + 1]
-                self._remove_once(row, rows[:count])
+                self.remove(row, rows[:count])  # of nearly dependent rows once is not enough
                 length = torch.linalg.vector_norm(row)
                 if length > 100 * torch.finfo(rows.dtype).eps:
                     rows[count] = row[0] / length

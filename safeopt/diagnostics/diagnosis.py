@@ -143,8 +143,9 @@ def diagnose(
     Raises:
         TypeError: if ``task`` is no list of batches.
         ValueError: if a number is out of its range, ``rank`` is no smaller than the number of
-            safety examples, there are fewer than two task batches, no parameter is trained, or the
-            safety gradients vanish, so that there is no curvature to look at.
+            safety examples, there are fewer than two task batches, no parameter is trained, the
+            safety gradients vanish, so that there is no curvature to look at, or a task batch has a
+            loss, gradient or product that is not finite.
 
     Cost: one forward and one backward pass over the safety examples; for each of B task batches one
     gradient and B Hessian-vector products, which share a graph. No basis is formed. Memory: see

@@ -126,7 +126,8 @@ def measure(
 
     Raises:
         TypeError: if the parameters are sharded.
-        ValueError: if the safety gradients vanish.
+        ValueError: if the safety gradients vanish, or a task batch's loss, gradient or
+            Hessian-vector products are not finite.
     """
     probe.layout(params).require_whole("diagnose")
     total = 2 * len(task) + 2
@@ -146,6 +147,7 @@ def measure(
     for index, batch in enumerate(task):
         listener("task gradients", 1 + index, total)
         value, weight, gradient = _gradient(probe.model, objective, batch, params)
+        _require_finite("loss and gradient", index, value + _norm(gradient))
         gradients.append(gradient)
         inside.append(along(rows, gradient))
         weights.append(weight)
@@ -164,6 +166,7 @@ def measure(
         products = operator.on([batch]).matmat(stacked)
         for sum_of, part in zip(total_bending, products, strict=True):
             sum_of += float(shares[index]) * torch.tensordot(shares.to(part), part, dims=1)
+        _require_finite("Hessian-vector products", index, _norm(products))
         bent.append(torch.stack([along(rows, v) for v in zip(*products, strict=True)], dim=1))
     counts = operator.counts
     passes["task_forward"] += counts.forward
@@ -203,6 +206,14 @@ def _require_curvature(probe: SafetyProbe, losses: Tensor, grams: Tensor) -> Non
         raise ValueError(
             "probe: every safety gradient is zero (or not finite), so there is no safety curvature "
             'to look at; a probe with loss="kl" has none at its own reference: use loss="nll"'
+        )
+
+
+def _require_finite(what: str, index: int, size: float) -> None:
+    """Refuse a task batch of whose figures none would be a number, or one would look harmless."""
+    if not math.isfinite(size):
+        raise ValueError(
+            f"task: batch {index} has no finite {what}; leave it out, or compute in float32"
         )
 
 

@@ -55,11 +55,12 @@ def hide_basis(
         optimizer: whose state it is.
         params: the protected parameters.
         blocks: this process's part of U for each of them, shape ``(k, *part)``.
-        rank: K.
+        rank: K; a larger basis is kept whole.
     """
     keys = _keys(state, optimizer)
     for p, block in zip(params, blocks, strict=True):
-        padding = block.new_zeros((rank - len(block), *block.shape[1:]))
+        # A basis that was loaded may have more directions, until the next refresh.
+        padding = block.new_zeros((max(0, rank - len(block)), *block.shape[1:]))
         padded = _spread(torch.cat([block, padding]), p)
         # A new entry: the one that is there is the optimizer's own, which must not keep the basis.
         own = state["state"].get(keys[id(p)], {})

@@ -74,10 +74,11 @@ class SafetySAM(OptimizerWrapper):
 
     **lookahead** needs no closure. Between the steps the model is held at θ + ε: call `eval` before
     you evaluate or save it and `train` before you go on, as with schedule-free optimizers (Trainer
-    and Accelerate do), or use `unperturbed`. `restore`, which comes before every checkpoint, leaves
-    the parameters at θ until the next `train` or ``step``. What the optimizer saves is never
-    perturbed. Do not write to the parameters while they are held; the next step refuses to
-    overwrite what was written.
+    and Accelerate do), or use `unperturbed`. Call `train` after loading a checkpoint, too.
+    `restore`, which comes before every checkpoint, leaves the parameters at θ until the next
+    `train` or ``step``. What the optimizer saves is never perturbed. Do not write to the parameters
+    while they are held; the next step refuses to overwrite what was written, but does not notice
+    what was written through ``.data``.
 
     **two_pass** calls ``step(closure)``; the closure clears the gradients, computes them anew (in
     several backward passes, clipped, as you like) and returns the loss. It is called twice. Where a

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.curvature.density import hutch_pp
-from safeopt.curvature.operators.objective import Loss, Objective, micro_batches
+from safeopt.curvature.operators.objective import Loss, Objective, equal_data, micro_batches
 from safeopt.isolation import untouched
 from safeopt.losses import IGNORE
-from safeopt.rows import exact_products, row_dtype
+from safeopt.rows import as_matrix, exact_products, row_dtype
 
 ParameterFilter = Callable[[str], bool]
 # A dense matrix beyond this is a mistake: 20,000 parameters are 3.2 GB in float64.
@@ -120,7 +120,7 @@ class CurvatureOperator(ABC, Generic[PartT]):
         self._micro_batch_size = micro_batch_size
         self._splits: bool | None = None
         self._keep = keep
-        self._parts: dict[int, PartT] | None = None
+        self._parts: dict[int, tuple[Any, PartT]] | None = None  # with what they were made of
         self._versions: list[int] = []
 
     @property
@@ -205,10 +205,10 @@ class CurvatureOperator(ABC, Generic[PartT]):
         eye = torch.eye(self.size, dtype=self.dtype, device="cpu")
         sizes = [p.numel() for p in self.params]
         blocks = [
-            part.reshape(-1, *p.shape).to(p.device)
+            part.reshape(self.size, *p.shape).to(p.device)
             for part, p in zip(eye.split(sizes, dim=1), self.params, strict=True)
         ]
-        columns = [out.reshape(self.size, -1).to(self.device) for out in self.matmat(blocks)]
+        columns = [as_matrix(out).to(self.device) for out in self.matmat(blocks)]
         return torch.cat(columns, dim=1)
 
     @contextmanager
@@ -217,7 +217,8 @@ class CurvatureOperator(ABC, Generic[PartT]):
 
         A product then costs what lies behind the common part only. Memory: the activations and
         graphs of the kept micro-batches. The parameters must not change in the meantime; in-place
-        changes are noticed, writes through ``.data`` are not.
+        changes are noticed, writes through ``.data`` are not. Nor may the batches: a product raises
+        ValueError where a kept micro-batch does not come again, as from a loader that shuffles.
         """
         if self._parts is not None:
             yield
@@ -235,7 +236,7 @@ class CurvatureOperator(ABC, Generic[PartT]):
         Their rounding is far above that of float32, which finite differences count on. Layers may
         lie on several devices.
         """
-        cpu, cuda = (exact_products(torch.device(kind)) for kind in ("cpu", "cuda"))
+        cpu, cuda = (exact_products(torch.device(x), autocast=True) for x in ("cpu", "cuda"))
         with untouched(self.model), torch.enable_grad(), cpu, cuda:
             yield
 
@@ -255,8 +256,15 @@ class CurvatureOperator(ABC, Generic[PartT]):
                 yield self._part(batch, index)
                 continue
             if index not in self._parts:
-                self._parts[index] = self._part(batch, index)
-            yield self._parts[index]
+                self._parts[index] = batch, self._part(batch, index)
+            known, part = self._parts[index]
+            if not equal_data(known, batch):
+                raise ValueError(
+                    f"batches: micro-batch {index} is not that of the product before; a solver "
+                    "needs the same data in the same order at every product, so of a loader that "
+                    "shuffles give list(loader)"
+                )
+            yield part
         if index < 0:
             raise ValueError("batches: empty; a curvature needs at least one example")
         if not targets:

@@ -21,12 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safeopt.curvature.basis import inner_products
 from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss, row_count
 from safeopt.losses import IGNORE, response_log_probs
 from safeopt.per_example import per_example_gradients
-from safeopt.rows import row_dtype
+from safeopt.rows import as_matrix, inner_products, row_dtype
 
 
 class _Rows:
@@ -38,10 +37,9 @@ class _Rows:
 
     def add_products(self, vectors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """Add Gᵀ(G·v) for each vector."""
-        flat = [row.reshape(len(row), -1) for row in self.rows]  # also rows of a scalar parameter
-        coefficients = inner_products([v.reshape(len(v), -1) for v in vectors], flat)
-        for total, row in zip(out, flat, strict=True):
-            total += (coefficients.to(row) @ row).view(total.shape)
+        coefficients = inner_products(vectors, self.rows)
+        for total, row in zip(out, self.rows, strict=True):
+            total += (coefficients.to(row) @ as_matrix(row)).view(total.shape)
 
 
 class FisherOperator(CurvatureOperator[_Rows]):
