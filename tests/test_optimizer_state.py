@@ -262,7 +262,6 @@ BAD_STATES = {
     "targets": replaced(lambda x: x[1:], *SUBSPACE, "targets"),
     "last_gradient": replaced(not_finite, *SUBSPACE, "last_gradient"),
     "first_drift": replaced(torch.zeros(1), *SUBSPACE, "first_drift"),
-    "scale": replaced(-1.0, *SUBSPACE, "scale"),
     "value": replaced(float("nan"), *SUBSPACE, "value"),
     "value type": replaced("x", *SUBSPACE, "value"),
 }

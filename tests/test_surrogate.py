@@ -14,24 +14,23 @@ def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def random_surrogate(k=4, seed=0, scale=0.7, value=0.3):
+def random_surrogate(k=4, seed=0, sharpness=0.7, value=0.3):
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.randn(k, generator=generator, dtype=torch.float64)
     eigenvalues = torch.rand(k, generator=generator, dtype=torch.float64).sort(descending=True)[0]
     point = 3 * torch.randn(k, generator=generator, dtype=torch.float64)
-    return Surrogate(value, gradient, eigenvalues, scale), point
+    return Surrogate(value, gradient, sharpness * eigenvalues), point
 
 
 def test_prediction_and_slope_equal_the_quadratic():
     """½(x − m)ᵀH(x − m) + d has a known value and gradient everywhere."""
     minimum, curvature = tensor(1, -2, 0.5), tensor(3, 1, 0.1)
-    scale = 1.7
-    value = 0.25 + 0.5 * scale * float((curvature * minimum**2).sum())
-    model = Surrogate(value, -scale * curvature * minimum, curvature, scale)
+    value = 0.25 + 0.5 * float((curvature * minimum**2).sum())
+    model = Surrogate(value, -curvature * minimum, curvature)
     for c in (tensor(0, 0, 0), minimum, tensor(-1, 4, 2)):
-        closed = 0.25 + 0.5 * scale * float((curvature * (c - minimum) ** 2).sum())
+        closed = 0.25 + 0.5 * float((curvature * (c - minimum) ** 2).sum())
         assert model.predict(c) == pytest.approx(closed, rel=1e-12)
-        assert torch.allclose(model.slope(c), scale * curvature * (c - minimum), atol=1e-12)
+        assert torch.allclose(model.slope(c), curvature * (c - minimum), atol=1e-12)
 
 
 def test_moved_is_the_same_quadratic():
@@ -40,22 +39,6 @@ def test_moved_is_the_same_quadratic():
     moved = model.moved(step, model.predict(step))
     assert moved.predict(c) == pytest.approx(model.predict(step + c), rel=1e-12)
     assert torch.allclose(moved.slope(c), model.slope(step + c))
-
-
-def test_scale_is_recovered_from_measurements():
-    model, d = random_surrogate(scale=5.0)
-    lengths = [2.0, -1.0, 0.5]
-    values = [model.predict(t * d) - model.value for t in lengths]
-    start = Surrogate(model.value, model.gradient, model.eigenvalues)
-    assert start.with_scale_from(d, lengths, values).scale == pytest.approx(5.0, rel=1e-10)
-    assert start.with_scale_from(d, lengths[:1], values[:1]).scale == pytest.approx(5.0, rel=1e-10)
-
-
-def test_scale_stays_in_its_range():
-    model, d = random_surrogate(scale=1.0)
-    assert model.with_scale_from(d, [1.0], [1e9]).scale == 100
-    assert model.with_scale_from(d, [1.0], [-1e9]).scale == 0.01
-    assert model.with_scale_from(torch.zeros(4, dtype=torch.float64), [1.0], [1.0]) is model
 
 
 def test_damp_limits():
@@ -87,8 +70,8 @@ def test_damp_is_the_proximal_map(seed, strength):
     st.floats(0, 5),
     st.floats(1e-6, 1e3),
 )
-def test_budget_is_kept(seed, k, budget, scale, value, reach):
-    model, c = random_surrogate(k, seed, scale, value)
+def test_budget_is_kept(seed, k, budget, sharpness, value, reach):
+    model, c = random_surrogate(k, seed, sharpness, value)
     c = reach * c
     mapped = limit_to_budget(c, model, budget)
     assert mapped.isfinite().all()
@@ -107,7 +90,7 @@ def test_budget_is_kept(seed, k, budget, scale, value, reach):
 @pytest.mark.parametrize(("seed", "budget"), [(0, 0.1), (1, 0.0), (2, 1.0), (3, 0.02)])
 def test_budget_finds_the_nearest_point(seed, budget):
     model, c = random_surrogate(seed=seed)
-    rows = model.gradient.numpy(), (model.scale * model.eigenvalues).numpy()
+    rows = model.gradient.numpy(), model.eigenvalues.numpy()
     found = minimize(
         lambda x: 0.5 * ((x - c.numpy()) ** 2).sum(),
         np.zeros(4),

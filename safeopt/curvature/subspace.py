@@ -98,15 +98,13 @@ def updated_subspace(
 
     Returns:
         The new estimate, anchored at ``params``. Its surrogate's value is the mean of the new
-        safety losses, its gradient the mean over the window's safety examples, its scale the
-        previous one's.
+        safety losses and its gradient the mean over the window's safety examples.
     """
     # A model whose layers lie on several devices may compute its losses on another one.
     fresh = losses.to(params[0].device, torch.float64)
     tokens, targets = tokens.to(fresh), targets.to(fresh)
     value = float(fresh[targets.isnan()].mean())
     kept = 0 if previous is None else min(window - len(fresh), len(previous.window))
-    scale = 1.0 if previous is None else previous.surrogate.scale
     basis = empty_basis(kind, params, layout) if previous is None else previous.basis
     carried = torch.zeros(0, basis.rank, dtype=torch.float64, device=fresh.device)
     if previous is not None and kept > 0 and previous.rank > 0:
@@ -125,5 +123,5 @@ def updated_subspace(
         eigenvalues,
         examples,
         basis.coordinates(params),
-        Surrogate(value, gradient, eigenvalues, scale),
+        Surrogate(value, gradient, eigenvalues),
     )

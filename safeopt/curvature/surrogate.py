@@ -2,17 +2,15 @@
 
 Around the anchor θ_r, with c = Uᵀ(θ − θ_r):
 
-    Â(c) = a_r + bᵀc + ½ s cᵀΛc,        b = Uᵀ∇A(θ_r)
+    Â(c) = a_r + bᵀc + ½ cᵀΛc,        b = Uᵀ∇A(θ_r)
 
-The empirical Fisher has the right directions but not the right scale, so s is fitted to measured
-values of A along one direction. Everything here is arithmetic on k numbers in float64; nothing
-touches the model.
+Everything here is arithmetic on k numbers in float64; nothing touches the model.
 
 Maps c → c⁺ applied after a base optimizer's step (all are proximal steps, so that the whole is
 forward-backward splitting of task loss + h(c)):
 
 - ``project``: c⁺ = c*, the proximal map of one point's indicator function;
-- `damp`: c⁺ = argmin_x ½‖x − c‖² + κ/2 (x − c*)ᵀ sΛ (x − c*), with κ = η/τ;
+- `damp`: c⁺ = argmin_x ½‖x − c‖² + κ/2 (x − c*)ᵀ Λ (x − c*), with κ = η/τ;
 - `limit_to_budget`: the nearest c⁺ with Â(c⁺) ≤ a_r + budget;
 - `remove_acceleration`: only the drift that was there at the start is kept (the paper's
   second-order term removed, and nothing else).
@@ -20,65 +18,34 @@ forward-backward splitting of task loss + h(c)):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# A fitted scale further from 1 than this says that the quadratic model does not hold along the
-# direction; clamping keeps one odd measurement from switching the protection off.
-_SCALE_RANGE = (1e-2, 1e2)
-
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Â(c) = value + gradientᵀc + ½·scale·cᵀ diag(eigenvalues) c.
+    """Â(c) = value + gradientᵀc + ½·cᵀ diag(eigenvalues) c.
 
     Attributes:
         value: a_r, the alignment loss measured at the anchor.
         gradient: b, shape ``(k,)``, float64.
         eigenvalues: the diagonal of Λ, shape ``(k,)``, float64, not negative.
-        scale: s > 0.
     """
 
     value: float
     gradient: Tensor
     eigenvalues: Tensor
-    scale: float = 1.0
 
     def predict(self, c: Tensor) -> float:
         """Return Â(c) for coordinates ``c (k,)``."""
-        quadratic = 0.5 * self.scale * (self.eigenvalues * c * c).sum()
+        quadratic = 0.5 * (self.eigenvalues * c * c).sum()
         return self.value + float(self.gradient @ c + quadratic)
 
     def slope(self, c: Tensor) -> Tensor:
-        """Return ∇Â(c) = b + sΛc, shape ``(k,)``."""
-        return self.gradient + self.scale * self.eigenvalues * c
-
-    def with_scale_from(
-        self, direction: Tensor, lengths: Sequence[float], values: Sequence[float]
-    ) -> Surrogate:
-        """Fit s to alignment losses measured along a direction (least squares).
-
-        Args:
-            direction: d, shape ``(k,)``.
-            lengths: t_i, different from 0.
-            values: A(θ_r + t_i U d) − A(θ_r), measured on the same examples.
-
-        Returns:
-            A copy with the fitted scale, kept between 0.01 and 100.
-        """
-        curvature = 0.5 * float((self.eigenvalues * direction * direction).sum())
-        slope = float(self.gradient @ direction)
-        above = sum(
-            (v - t * slope) * t * t * curvature for t, v in zip(lengths, values, strict=True)
-        )
-        below = sum((t * t * curvature) ** 2 for t in lengths)
-        if below == 0:
-            return self
-        low, high = _SCALE_RANGE
-        return replace(self, scale=min(max(above / below, low), high))
+        """Return ∇Â(c) = b + Λc, shape ``(k,)``."""
+        return self.gradient + self.eigenvalues * c
 
     def moved(self, step: Tensor, value: float) -> Surrogate:
         """The same quadratic around θ_r + U·step, where A was measured as ``value``."""
@@ -86,12 +53,12 @@ class Surrogate:
 
 
 def damp(c: Tensor, target: Tensor, curvature: Tensor, strength: float) -> Tensor:
-    """Proximal map of ½κ(c − c*)ᵀ sΛ (c − c*).
+    """Proximal map of ½κ(c − c*)ᵀ Λ (c − c*).
 
     Args:
         c: shape ``(k,)``.
         target: c*, shape ``(k,)``.
-        curvature: sΛ's diagonal, shape ``(k,)``, not negative.
+        curvature: Λ's diagonal, shape ``(k,)``, not negative.
         strength: κ = η/τ ≥ 0; 0 changes nothing, ∞ is `project`.
     """
     weight = strength * curvature
@@ -130,7 +97,7 @@ def remove_acceleration(previous: Tensor, drift: Tensor) -> Tensor:
 def limit_to_budget(c: Tensor, surrogate: Surrogate, budget: float) -> Tensor:
     """The point nearest to ``c`` with Â(c⁺) ≤ a_r + budget.
 
-    The Lagrange condition gives c⁺(μ) = (I + μsΛ)⁻¹(c − μb); Â(c⁺(μ)) falls with μ, so that one
+    The Lagrange condition gives c⁺(μ) = (I + μΛ)⁻¹(c − μb); Â(c⁺(μ)) falls with μ, so that one
     bracketed root-finding yields μ.
 
     Args:
@@ -144,10 +111,9 @@ def limit_to_budget(c: Tensor, surrogate: Surrogate, budget: float) -> Tensor:
     limit = surrogate.value + budget
     if surrogate.predict(c) <= limit:
         return c
-    curvature = surrogate.scale * surrogate.eigenvalues
 
     def point(mu: float) -> Tensor:
-        return (c - mu * surrogate.gradient) / (1 + mu * curvature)
+        return (c - mu * surrogate.gradient) / (1 + mu * surrogate.eigenvalues)
 
     high = 1.0
     while surrogate.predict(point(high)) > limit:

@@ -315,8 +315,8 @@ class SafetyGeometry:
         if mode == "project":
             return target
         if mode == "damp":
-            curvature = surrogate.scale * surrogate.eigenvalues
-            relative = curvature / curvature.mean().clamp(min=torch.finfo(c.dtype).tiny)
+            mean = surrogate.eigenvalues.mean().clamp(min=torch.finfo(c.dtype).tiny)
+            relative = surrogate.eigenvalues / mean
             return maps.damp(c, target, relative, self.config.damping)
         if mode == "budget":
             assert self.reference is not None

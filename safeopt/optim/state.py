@@ -68,7 +68,6 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
             "anchor": subspace.anchor.clone(),
             "value": subspace.surrogate.value,
             "gradient": subspace.surrogate.gradient.clone(),
-            "scale": subspace.surrogate.scale,
             **{name: _copy(value) for name, value in geometry.vectors().items()},
         }
     return state
@@ -143,7 +142,7 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
     where = f'{_WHERE}["subspace"]'
     if not isinstance(subspace, Mapping):
         raise ValueError(f"{where}: {type(subspace).__name__}; expected a dict")
-    absent = {*_SHAPES, *_OPTIONAL, "basis", "value", "scale"} - set(subspace)
+    absent = {*_SHAPES, *_OPTIONAL, "basis", "value"} - set(subspace)
     if absent:
         raise ValueError(f"{where}: {', '.join(sorted(absent))} is missing")
     present = [*_SHAPES, *(name for name in _OPTIONAL if subspace[name] is not None)]
@@ -176,11 +175,8 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
     for name, tensors in {"basis": _tensors(subspace["basis"]), **vectors}.items():
         if not all(bool(torch.isfinite(x).all()) for x in tensors):
             raise ValueError(f'{where}["{name}"]: it holds a value that is not finite')
-    for name in ("value", "scale"):
-        if not _is_number(subspace[name]):
-            raise ValueError(f"{where}: {name}={subspace[name]!r}; expected a finite number")
-    if not subspace["scale"] > 0:
-        raise ValueError(f"{where}: scale={subspace['scale']}, expected a positive number")
+    if not _is_number(subspace["value"]):
+        raise ValueError(f"{where}: value={subspace['value']!r}; expected a finite number")
 
 
 def _is_number(value: Any) -> bool:
@@ -217,7 +213,7 @@ def load_state(
             small["eigenvalues"],
             Window(*(small[name] for name in _WINDOW)),
             small["anchor"],
-            Surrogate(stored["value"], small["gradient"], small["eigenvalues"], stored["scale"]),
+            Surrogate(stored["value"], small["gradient"], small["eigenvalues"]),
         )
         vectors = {
             "position": small["position"],
