@@ -174,8 +174,11 @@ def monitor(
 ) -> None:
     """Train under a monitor: where rollbacks end, and how often it raises a false alarm."""
     from benchmarks.monitoring import Watch, monitoring
+    from benchmarks.run import alone
 
-    monitoring(_one_run(config), Watch(budget, every, examples), out, console)
+    chosen = _one_run(config)
+    with alone(out):
+        monitoring(chosen, Watch(budget, every, examples), out, console)
 
 
 @app.command()
@@ -210,8 +213,11 @@ def overhead(
 ) -> None:
     """Time steps between refreshes beside AdamW's, interleaved, and write OUT/result.json."""
     from benchmarks.overhead.run import run as measure
+    from benchmarks.run import alone
 
-    measure(_one_run(config), out, console, rounds)
+    chosen = _one_run(config)
+    with alone(out):
+        measure(chosen, out, console, rounds)
 
 
 @app.command()
@@ -223,9 +229,11 @@ def curvature(
     from benchmarks.curvature.problem import SMALL, SMOLLM2
     from benchmarks.curvature.report import report as write_report
     from benchmarks.curvature.run import run as run_curvature
+    from benchmarks.run import alone
 
-    run_curvature(SMALL if tiny else SMOLLM2, out, console)
-    write_report(out, console)
+    with alone(out):
+        run_curvature(SMALL if tiny else SMOLLM2, out, console)
+        write_report(out, console)
 
 
 def _one_run(path: Path) -> RunConfig:

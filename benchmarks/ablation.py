@@ -18,7 +18,7 @@ from benchmarks.report import tell_missing
 from safeopt.files import write_whole
 
 PAGE, MARKDOWN = "ablation.html", "ablation.md"
-WIDTH, ROW, LEFT = 460, 26, 190  # pixels
+WIDTH, ROW, LEFT = 480, 26, 210  # pixels
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,11 @@ def _html(result: Result, found: dict[str, list[Value]]) -> str:
             row=ROW,
             left=LEFT,
             x=scale(
-                [a for value in everything for a in value.alignment], LEFT, WIDTH - 14, zero=True
+                [a for value in everything for a in value.alignment],
+                LEFT + 6,  # room for a mark
+                WIDTH - 14,
+                zero=True,
+                wide=True,
             ),
         )
     )

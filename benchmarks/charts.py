@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Where values differ by more than this, a logarithmic scale tells the small ones apart.
+SPREAD = 100
+
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear map from values to pixels, with round ticks.
+    """A map from values to pixels, with round ticks.
 
     Attributes:
         low: the value at ``start``.
@@ -17,6 +20,7 @@ class Scale:
         start: pixel of the lowest value.
         end: pixel of the highest.
         ticks: round values within, with their labels.
+        log: whether the map is linear in the value's logarithm instead of the value.
     """
 
     low: float
@@ -24,14 +28,20 @@ class Scale:
     start: float
     end: float
     ticks: tuple[tuple[float, str], ...]
+    log: bool = False
 
     def __call__(self, value: float) -> float:
         """The pixel of a value, to a tenth."""
-        share = (value - self.low) / (self.high - self.low)
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        share = (value - low) / (high - low)
         return round(self.start + share * (self.end - self.start), 1)
 
 
-def scale(values: Sequence[float], start: float, end: float, *, zero: bool = False) -> Scale:
+def scale(
+    values: Sequence[float], start: float, end: float, *, zero: bool = False, wide: bool = False
+) -> Scale:
     """A scale that holds all values with a little room.
 
     Args:
@@ -39,9 +49,17 @@ def scale(values: Sequence[float], start: float, end: float, *, zero: bool = Fal
         start: pixel of the lowest value.
         end: pixel of the highest.
         zero: begin at zero.
+        wide: logarithmic where all values are above zero and the largest is more than `SPREAD`
+            times the smallest; the ticks are powers of ten.
     """
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite), max(finite)
+    if wide and low > 0 and high > SPREAD * low:
+        room = (high / low) ** 0.06
+        low, high = low / room, high * room
+        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+        ticks = tuple((10.0**i, f"{10.0**i:.{max(0, -i)}f}") for i in powers)
+        return Scale(low, high, start, end, ticks, log=True)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = (0.0 if zero and low >= 0 else low - room), high + room
     step = _round_step((high - low) / 5)

@@ -18,7 +18,7 @@ from benchmarks.standings import Row, Standings, standings
 from safeopt.files import write_whole
 
 PAGE, MARKDOWN = "leaderboard.html", "leaderboard.md"
-FRONTIER = (640, 440, 56, 44)  # width, height, left and bottom margins, in pixels
+FRONTIER = (640, 456, 56, 50)  # width, height, left and bottom margins, in pixels
 PANEL = (180, 110, 30, 18)
 
 
@@ -32,7 +32,7 @@ def leaderboard(folder: Path, console: Console) -> Path:
         ConfigError: if there is no sweep in the folder, or its baseline has not finished.
     """
     found = standings(folder)
-    console.print(_terminal(found))
+    console.print(_terminal(found, narrow=console.width < 100))
     write_whole(folder / MARKDOWN, markdown(found))
     page = write_whole(folder / PAGE, _html(found))
     console.print(f"wrote {page} and {MARKDOWN}", soft_wrap=True)
@@ -109,7 +109,7 @@ def _interval(share: Interval) -> str:
     return f"{share.value:.1%} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
-def _terminal(found: Standings) -> Table:
+def _terminal(found: Standings, *, narrow: bool) -> Table:
     table = Table(
         title=f"{found.config.model.name}, {found.config.task.name}, at task loss "
         f"{found.target:.3f}",
@@ -119,21 +119,22 @@ def _terminal(found: Standings) -> Table:
     )
     table.add_column("#", justify="right")
     table.add_column("method", overflow="fold")
+    # In 80 characters names and intervals are folded, numbers are not.
+    for name in ("rise removed", "own task loss"):
+        table.add_column(name, justify="right", width=9 if narrow else None)
+    separated = found.test.start is not None and found.test.start.separation is not None
     for name in (
-        "rise removed",
-        "own task loss",
-        "align. loss",
-        "task loss",
-        "refuses",
-        "over- refuses",
-        "safety",
-    ):
-        table.add_column(name, justify="right")
+        "align.\nloss", "task\nloss", "refuses", "over-\nrefuses",
+        *["sepa-\nration"] * separated, "safety",
+    ):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
     for number, row in enumerate(found.rows, start=1):
         table.add_row(
-            str(number), row.method, f"{removed(row)}\n{reached(row)}".strip(), own(row),
+            str(number), row.method.replace("_", " "),
+            f"{removed(row)}\n{reached(row)}".strip(), own(row),
             f"{row.alignment:.3f}", f"{row.task:.3f}",
-            f"{row.refusal:.0%}", f"{row.over_refusal:.0%}", f"{row.share:.1%}",
+            f"{row.refusal:.0%}", f"{row.over_refusal:.0%}",
+            *[f"{row.separation or 0:.3f}"] * separated, f"{row.share:.1%}",
             style="bold" if row.ours else "",
         )  # fmt: skip
     return table
@@ -176,7 +177,12 @@ def _frontier(found: Standings) -> dict[str, Any]:
     points = [point for row in found.rows for point in row.points]
     # The start's task loss is far away; what is compared is where methods end.
     x = scale([point.task for point in points] + [found.target], left, width - 16)
-    y = scale([point.alignment for point in points], height - bottom, 16, zero=True)
+    y = scale([point.alignment for point in points], height - bottom, 34, zero=True, wide=True)
+    # Later ones are drawn over earlier ones: the first places last, and what readers look for.
+    drawn = sorted(
+        enumerate(found.rows, start=1),
+        key=lambda each: (each[1].ours or each[1].method == BASELINE, -each[0]),
+    )
     return {
         "width": width,
         "height": height,
@@ -185,7 +191,6 @@ def _frontier(found: Standings) -> dict[str, Any]:
         "x": x,
         "y": y,
         "target": x(found.target),
-        "start": y(found.test.start.alignment_loss) if found.test.start else None,
         "methods": [
             {
                 "row": row,
@@ -195,7 +200,7 @@ def _frontier(found: Standings) -> dict[str, Any]:
                 "others": [(x(point.task), y(point.alignment)) for point in row.points[1:]],
                 "line": path([(x(p.task), y(p.alignment)) for p in sorted(row.points)]),
             }
-            for number, row in enumerate(found.rows, start=1)
+            for number, row in drawn
         ],
     }
 

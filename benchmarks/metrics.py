@@ -32,7 +32,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 # By task; any other task is scored by ROUGE-L.
 METRICS: Mapping[str, tuple[str, Metric]] = {
-    "gsm8k": ("final number", final_number),
+    "gsm8k": ("right final numbers", final_number),
     "codeio": ("text similarity", similarity),
 }
 

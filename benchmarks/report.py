@@ -18,6 +18,7 @@ from benchmarks.records import FILE, Result, read_result
 from safeopt.files import write_whole
 
 PAGE = "report.html"
+FIGURE, TARGET, METHOD = 16, 10, 16  # widths of the columns in the terminal, in characters
 
 
 def report(folder: Path, console: Console) -> Path:
@@ -38,7 +39,10 @@ def report(folder: Path, console: Console) -> Path:
     methods = summaries(result)
     asked = targets(methods)
     console.print(_method_table(result, methods))
-    console.print(_target_table(methods, asked))
+    # As many methods beside each other as fit: what is too wide would be cut without a word.
+    number = max(1, (console.width - FIGURE - TARGET - 3) // (METHOD + 1))
+    for first in range(0, len(methods), number):
+        console.print(_target_table(methods[first : first + number], asked))
     tell_missing(result, console)
     figures = plots(result)
     save(figures, folder)
@@ -58,12 +62,12 @@ def tell_missing(result: Result, console: Console) -> None:
 def _method_table(result: Result, methods: list[Summary]) -> Table:
     first = result.records[0]
     table = _table(f"{first.model}, {first.task}, {first.steps} steps")
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     for name in (
-        "align. loss", "task loss", "refuses", "over- refuses", "train s", "safety s", "share",
-        "at 16k",
+        "align.\nloss", "task\nloss", "refuses", "over-\nrefuses", "train\ns", "safety\ns", "share",
+        "at\n16k",
     ):  # fmt: skip
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     start = methods[0]
     table.add_row(
         "start", f"{start.alignment[0]:.3f}", f"{start.task[0]:.3f}", f"{start.refusal[0]:.0%}",
@@ -85,11 +89,10 @@ def _method_table(result: Result, methods: list[Summary]) -> Table:
 
 def _target_table(methods: list[Summary], asked: list[Target]) -> Table:
     table = _table("What is asked, and what was reached")
-    # However many methods there are, a reader sees which figure a row is.
-    table.add_column("figure", min_width=16)
-    table.add_column("target", min_width=10)
+    table.add_column("figure")
+    table.add_column("target", width=TARGET)
     for method in methods:
-        table.add_column(method.method, justify="right", overflow="fold")
+        table.add_column(method.method, justify="right", overflow="fold", width=METHOD)
     for target in asked:
         cells = [_cell(target.figures.get(method.method)) for method in methods]
         table.add_row(target.name, target.asked, *cells)
@@ -119,10 +122,8 @@ def _html(
         lstrip_blocks=True,
     )
     missed = [
-        (target, method, figure)
+        (target, {name: each for name, each in target.figures.items() if each.met is False})
         for target in asked
-        for method, figure in target.figures.items()
-        if figure.met is False
     ]
     return environment.get_template("report.html.j2").render(
         result=result,

@@ -275,6 +275,29 @@ def test_scales_have_round_ticks_and_hold_everything():
     assert scale([1000, 9000], 300, 0)(1000) > scale([1000, 9000], 300, 0)(9000)
 
 
+def test_a_scale_is_logarithmic_where_small_values_would_fall_together():
+    found = scale([0.008, 0.02, 4.0], 0, 100, zero=True, wide=True)
+    assert found.log
+    assert [label for _, label in found.ticks] == ["0.01", "0.1", "1"]
+    assert 0 <= found(0.008) < found(0.02) - 10 < found(4.0) <= 100
+    for values in ([0.0, 0.02, 4.0], [-1.0, 500.0], [0.1, 4.0]):
+        assert not scale(values, 0, 100, zero=True, wide=True).log
+
+
+def test_the_terminal_shows_every_column_in_80_characters(folder: Path, tmp_path: Path):
+    out = tmp_path / "sweep"
+    shutil.copytree(folder, out)
+    narrow = Console(record=True, width=80)
+    leaderboard(out, narrow)
+    found, shown = standings(out), narrow.export_text()
+    for row in found.rows:
+        assert f"{row.separation:.3f}" in shown
+        assert f"{row.share:.1%}" in shown
+    head = shown[: shown.index("─")].split()
+    assert head.count("ration") == 1
+    assert head[-1] == "safety"
+
+
 # --- submissions ---
 
 

@@ -305,8 +305,11 @@ def test_another_commit_that_continues_a_result_is_kept(
     assert "2" * 40 in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_one_process_at_a_time_works_on_a_result(tmp_path: Path):
-    arguments = ["run", str(CONFIGS / "demo-tiny.yaml"), "--out", str(tmp_path)]
+@pytest.mark.parametrize("command", ["run", "monitor", "overhead", "curvature"])
+def test_one_process_at_a_time_works_on_a_result(tmp_path: Path, command: str):
+    tiny = str(CONFIGS / "demo-tiny.yaml")
+    given = {"run": [tiny], "monitor": [tiny], "overhead": ["--config", tiny]}
+    arguments = [command, *given.get(command, ["--tiny"]), "--out", str(tmp_path)]
     with alone(tmp_path), pytest.raises(ConfigError, match="another process is working on"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert list(tmp_path.iterdir()) == []
@@ -325,6 +328,21 @@ def test_runs_that_are_missing_are_told(tmp_path: Path, config: RunConfig):
     for shown in (console.export_text(), page):
         assert f"{gone.method}, seed {gone.seed}: out of [memory]" in shown
     assert "same seed" not in page
+
+
+def test_no_figure_is_cut_off_in_80_characters(tmp_path: Path):
+    """With so many methods that they do not fit beside each other."""
+    names = ["adamw", *(f"safety_sam number {i}" for i in range(5))]
+    records = [record(name, (0.1, 1.4, 1.4), 2.0, 0.5, 12.3) for name in names]
+    config = RunConfig.model_validate(plain_config()).as_json()
+    result = {"environment": {"packages": {}}, "config": config, "records": records}
+    write_result(Result.model_validate(result), tmp_path)
+    narrow = Console(record=True, width=80)
+    report(tmp_path, narrow)
+    shown = narrow.export_text()
+    assert "…" not in shown
+    assert shown.count("✗ 100.0%") == 2 * 5  # the rise at the end and the largest, as AdamW's
+    assert shown.count("✗ 62.5%") == shown.count("✓ 12.0%") == 5
 
 
 def test_a_folder_belongs_to_one_config(tmp_path: Path, config: RunConfig):

@@ -21,6 +21,7 @@ from safeopt.diagnostics.conditions import (
 )
 from safeopt.diagnostics.layers import module_name
 from safeopt.diagnostics.measure import Evidence, first_adam_update
+from safeopt.diagnostics.plots import layer_plot
 from safeopt.diagnostics.spectrum import Spectrum
 
 N, K = 24, 3
@@ -219,6 +220,22 @@ def test_wrong_arguments_are_named():
             diagnose(probe, task, task_loss=loss)
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_batch_that_is_no_number_is_refused(scale):
+    """Comparisons with NaN are false: the coupling would not be shown, and the overlap zero."""
+    _, probe = analytic()
+    batches = [torch.tensor(x, dtype=torch.float64) for x in (1.0, scale, 1.0)]
+    with pytest.raises(ValueError, match="task: batch 1 has no finite loss and gradient"):
+        diagnose(probe, batches, task_loss=lambda module, x: x * module.task(), rank=K)
+
+    def bent(module, x):  # |d|^1.5 at d = 0 has the gradient 0 and no second derivative
+        rough = (module.x - module.start).abs().pow(1.5).sum() if x != 1 else 0
+        return module.task() + rough
+
+    with pytest.raises(ValueError, match="task: batch 1 has no finite Hessian-vector products"):
+        diagnose(probe, batches, task_loss=bent, rank=K)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_at_the_reference_of_a_divergence_is_no_curvature(dtype):
     """There the gradient is that of differences in the last place, not exactly zero."""
@@ -327,3 +344,15 @@ def test_coupling_from_differences_of_coordinates_is_that_of_a_hessian_vector_pr
     subspace = optimizer.safety.subspace
     explicit = subspace.eigenvalues.sqrt() * subspace.basis.coordinates(bending[0])
     assert optimizer.safety.coupling == pytest.approx(float(explicit.norm()), rel=0.05)
+
+
+def test_the_legend_of_the_layer_plot_hides_no_bar():
+    layers = [
+        {"block": block, "curvature": 0.25, "subspace": 0.2, "gradient": 0.25} for block in range(4)
+    ]
+    figure = layer_plot(layers)
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert axes.get_legend() is None
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+    assert legend.get_window_extent().x1 <= figure.bbox.x1

@@ -66,8 +66,9 @@ def layer_plot(layers: Sequence[Mapping[str, Any]]) -> Figure:
         step = max(1, len(names) // 10)
         axes.set_xticks(list(places)[::step], names[::step])
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-        axes.set_ylim(0, 1.25 * max([*total, *task, 1e-12]))
-        axes.legend(ncols=1, fontsize=9, loc="upper left")
+        axes.set_ylim(0, 1.05 * max([*total, *task, 1e-12]))
+        # Above the axes: within, it hides bars.
+        figure.legend(ncols=3, fontsize=9, loc="outside upper left", columnspacing=1.2)
         return figure
 
 

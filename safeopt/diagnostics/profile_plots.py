@@ -40,7 +40,8 @@ def profile_plots(profile: dict[str, Any], run: dict[str, Any]) -> dict[str, Fig
     loss, steps = profile["alignment_loss"], profile["run"]["steps"]
     looks = profile["measurements"]
     measured = [(look["step"], look["measured"]) for look in looks]
-    curves = {"measured": measured or [(0, loss["before"]), (steps, loss["after"])]}
+    ends = [(0, loss["before"]), (steps, loss["after"])]
+    curves = {"measured": measured} if measured else {"measured before and after": ends}
     foreseen = [(x["step"], x["predicted"]) for x in looks if x["predicted"] is not None]
     if foreseen:
         curves["forecast before the look"] = foreseen
