@@ -7,6 +7,7 @@ see `safeopt.losses`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -76,14 +77,17 @@ def require_distinct(examples: Sequence[Example], argument: str) -> None:
             )
 
 
-def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int], size: int, *, pad: bool = True) -> Iterator[list[int]]:
     """The positions of ``lengths``, the shortest first, at most ``size`` at a time.
 
-    Examples of similar length in one pass need little padding.
+    Examples of similar length in one pass need little padding; with ``pad=False`` those of one pass
+    have one length.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    alike = groupby(order, key=lambda position: 0 if pad else lengths[position])
+    for group in [list(members) for _, members in alike]:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
 def join(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:

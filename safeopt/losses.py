@@ -5,7 +5,7 @@ Every loss maps ``(model, batch)`` to one value per example, shape ``(m,)`` and 
 ``input_ids``, ``attention_mask`` and ``labels``, all ``(m, T)`` and long, padded on the left, with
 ``labels`` equal to ``IGNORE`` outside the refusal tokens. Left padding lines the refusals up at the
 end of the rows, so the logits, the most expensive activation of a small model, are computed there
-only.
+only. A model that `reads_padding` must be given rows of one length, as `SafetyProbe` does.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     accepted = forward_arguments(model)
     mask = batch.get("attention_mask")
-    if "position_ids" in accepted and mask is not None and "position_ids" not in inputs:
+    if mask is not None and "position_ids" not in inputs and takes_positions(model):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
@@ -208,6 +208,30 @@ def forward_arguments(model: Any) -> frozenset[str]:
             model = model._orig_mod
         else:
             return frozenset(inspect.signature(model.forward).parameters)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model can be told that the first token behind padding has position 0.
+
+    RoBERTa and its kin take ``position_ids`` too, but count from their padding token's id on.
+    """
+    return "position_ids" in forward_arguments(model) and not any(
+        name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        for name, module in model.named_modules()
+    )
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether a model may give a row other outputs behind padding than alone.
+
+    One that takes positions does not, but for RecurrentGemma, whose convolutions know no mask. Of
+    the others some count padding as positions (BART's decoder) or read it (RWKV), some do not
+    (Mamba, BLOOM): that cannot be seen from outside. A model without a config is the caller's own,
+    and is to leave padding out by ``attention_mask``.
+    """
+    config = getattr(model, "config", None)
+    recurrent = "recurrent" in (getattr(config, "block_types", None) or ())
+    return config is not None and (recurrent or not takes_positions(model))
 
 
 def _keys(batch: Batch) -> Sequence[tuple[int, ...]]:

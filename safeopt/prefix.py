@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from safeopt.losses import IGNORE, Batch, forward_arguments
+from safeopt.losses import IGNORE, Batch, forward_arguments, takes_positions
 
 # A shorter common beginning is not worth a pass of its own.
 _WORTHWHILE = 8
@@ -89,7 +89,7 @@ def _common(batch: Batch) -> int:
 
 
 def _can_share(model: nn.Module, batch: Batch) -> bool:
-    accepted = {"past_key_values", "position_ids", "use_cache", "logits_to_keep"}
+    accepted = {"past_key_values", "use_cache", "logits_to_keep"}
     config = getattr(model, "config", None)
     if len(batch["input_ids"]) < 2 or not set(batch) <= _KNOWN or config is None:
         return False
@@ -103,4 +103,4 @@ def _can_share(model: nn.Module, batch: Batch) -> bool:
     everything = (
         set(kinds) == {"full_attention"} and getattr(config, "sliding_window", None) is None
     )
-    return everything and accepted <= forward_arguments(model)
+    return everything and takes_positions(model) and accepted <= forward_arguments(model)

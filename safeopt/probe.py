@@ -30,7 +30,15 @@ from safeopt.distributed import (
 from safeopt.factored import FactoredRows
 from safeopt.factored_gradients import factored_gradients, in_order
 from safeopt.isolation import untouched
-from safeopt.losses import IGNORE, AlignmentLoss, Batch, ReferenceKL, named_loss, refusal_nll
+from safeopt.losses import (
+    IGNORE,
+    AlignmentLoss,
+    Batch,
+    ReferenceKL,
+    named_loss,
+    reads_padding,
+    refusal_nll,
+)
 from safeopt.passes import PassCounter
 from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.prefix import share_prefix, tokens_run
@@ -50,7 +58,8 @@ class SafetyProbe:
             ``DistributedDataParallel`` module, or the module given to ``fully_shard``: see
             `safeopt.distributed`. Every rank has all examples.
         batches: safety batches, see `safeopt.losses`; at least one example in all. Padding is
-            removed; examples are batched anew, by length, when they are used.
+            removed; examples are batched anew, by length, when they are used, and only with others
+            of their length for a model that would see the padding, see `safeopt.losses`.
         held: batches of harmless prompts, each with a refusal as its response. Restoring alignment
             keeps the refusal as unlikely there as it was, or rare, so that they are not refused.
             The optimizers use 24 of them at most. Only with ``loss="nll"``.
@@ -384,7 +393,12 @@ class SafetyProbe:
     def _micro_batches(self, chosen: Sequence[int]) -> Iterator[list[int]]:
         """Positions in ``chosen``, grouped by length so that padding is short."""
         lengths = [len(self._examples[index]["input_ids"]) for index in chosen]
-        return map(sorted, by_length(lengths, self.micro_batch_size))
+        pad = not reads_padding(self.model)
+        for group in by_length(lengths, self.micro_batch_size, pad=pad):
+            # Layers that put tokens before examples would look to `per_example` like any others.
+            square = len(group) == max(lengths[position] for position in group) > 1
+            cut = len(group) - square
+            yield from (sorted(part) for part in (group[:cut], group[cut:]) if part)
 
     def _run(self, members: Sequence[int], *, backward: bool) -> Tensor:
         whole = join([self._examples[index] for index in members], _device(self.model))
@@ -412,10 +426,11 @@ class SafetyProbe:
     def _cache_reference(self) -> None:
         assert isinstance(self.loss, ReferenceKL)
         # What the caller, or another probe, has cached is the reference that they want.
-        new = [example for example in self._examples if not self.loss.knows(example["input_ids"])]
+        new = [i for i in self.indices if not self.loss.knows(self._examples[i]["input_ids"])]
         with self._untouched(), torch.no_grad():
-            for start in range(0, len(new), self.micro_batch_size):
-                batch = join(new[start : start + self.micro_batch_size], _device(self.model))
+            for positions in self._micro_batches(new):
+                examples = [self._examples[new[position]] for position in positions]
+                batch = join(examples, _device(self.model))
                 self.loss.cache(self.model, batch)
                 self.passes.count(int(batch["attention_mask"].sum()), backward=False)
         self._reference_cached = True

@@ -280,6 +280,23 @@ def test_positions_as_many_as_examples_are_no_row_an_example():
     check(Toy(Positions()).double(), three, passes=1 + 3)
 
 
+class TokensFirst(nn.Module):
+    """A layer that is given the tokens before the examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).cumsum(0).transpose(0, 1)
+
+
+def test_as_many_examples_as_tokens_are_no_row_an_example():
+    """Five examples of five tokens are cut into four and one."""
+    batch = safety_batch(prompts=(3,) * 5, responses=(2,) * 5)
+    check(Toy(TokensFirst()).double(), batch, passes=(1 + 4) + (1 + 1))
+
+
 def test_fallback_is_remembered_for_the_parameters_that_need_it():
     model = Toy(Flat()).double()
     params = trainable(model)

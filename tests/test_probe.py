@@ -253,6 +253,53 @@ def test_the_batches_do_not_matter():
         assert relative_error(actual, expected) < GRADIENT[torch.float64]
 
 
+def of_family(name, **sizes):
+    import transformers
+
+    torch.manual_seed(0)
+    common = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "bos_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(**common, eos_token_id=1, **sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    randomise(model.parameters())
+    return model
+
+
+ATTENTION = {"num_attention_heads": 2, "intermediate_size": 32}
+BART = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Bart", {"d_model": 16, "pad_token_id": 0, **BART}),  # counts padding as positions
+        ("Roberta", {"is_decoder": True, "pad_token_id": 1, **ATTENTION}),  # counts from 2 on
+        ("RecurrentGemma", {"lru_width": 16, "pad_token_id": 0, **ATTENTION}),  # reads padding
+    ],
+    ids=["bart", "roberta", "recurrent-gemma"],
+)
+def test_only_one_length_a_pass_where_padding_would_be_seen(name, sizes):
+    """Three lengths; the expected numbers come from the model without mask or positions."""
+    model, batch = of_family(name, **sizes), safety_batch()
+    probe = SafetyProbe(model, [batch], loss="kl")
+    assert float(probe.values().abs().max()) < 1e-5
+    assert probe.passes.forward == 3 + 3, "the reference is taken likewise"
+    probe = SafetyProbe(model, [batch])
+    values = probe.values()
+    assert probe.passes.forward == 3
+    params = trainable(model)
+    rows = probe.per_example(params).rows
+    for row in range(5):
+        kept = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row : row + 1, kept], batch["labels"][row, kept]
+        log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        expected = nn.functional.nll_loss(log_probs, labels[1:], ignore_index=-100)
+        assert float(values[row]) == pytest.approx(float(expected), rel=1e-5)
+        gradients = torch.autograd.grad(expected, params, allow_unused=True, materialize_grads=True)
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        found = torch.cat([part[row].flatten() for part in rows])
+        assert relative_error(found, whole) < GRADIENT[torch.float32]
+
+
 def test_gradient_is_zero_where_unused():
     model = tiny_llama()
     probe = SafetyProbe(model, [safety_batch()], loss=lambda m, b: m.lm_head.weight.sum() + 0 * b[
