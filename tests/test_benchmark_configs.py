@@ -19,7 +19,8 @@ from benchmarks.tasks import examples_of
 QUIET = Console(quiet=True)
 PAPER = sorted(path for path in (CONFIGS / "paper").glob("*.yaml") if path.stem != "base")
 SWEEPS = [
-    CONFIGS / f"{name}.yaml" for name in ("core-smollm2", "smollm2-gsm8k", "smollm2-summaries")
+    CONFIGS / f"{name}.yaml"
+    for name in ("core-smollm2", "smollm2-separation", "smollm2-gsm8k", "smollm2-summaries")
 ]
 
 
