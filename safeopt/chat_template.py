@@ -125,7 +125,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             date_string=_DAY.strftime("%d %b %Y"),
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"chat template: it does not take a conversation of the roles {roles} ({error}); the "

@@ -115,7 +115,10 @@ def chat_example(line: Any, *, need_response: bool = True) -> ChatExample:
     else:
         raise ValueError(f"found the keys {sorted(line)}; expected {_FORMS}")
     if need_response and example.response is None:
-        raise ValueError("there is no response to learn from; expected the assistant's at the end")
+        raise ValueError(
+            f"there is no response to learn from, found the keys {sorted(line)}; expected {_FORMS} "
+            "with the assistant's at the end"
+        )
     return example
 
 

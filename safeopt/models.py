@@ -106,6 +106,15 @@ def check_readable(model: Any, rows: Iterable[Sequence[int]], given: str, room: 
             )
 
 
+def check_trainable(model: Any, given: str) -> None:
+    """Raise a ValueError for quantised weights, which have no gradients, naming what was given."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{given}: its weights are quantised, and only an adapter on them has gradients; "
+            "expected the model as it was before"
+        )
+
+
 def _known_tokens(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 

@@ -94,6 +94,7 @@ class Plan:
         lora: rank of the adapter; None where all parameters are trained.
         world_size: devices.
         dtype: of the model's parameters.
+        quantised: whether the configuration is of quantised weights; they are counted as if not.
         parameter_bytes: the model's and the adapter's parameters.
         gradient_bytes: gradients of the trained ones.
         optimizer_bytes: AdamW's two moments.
@@ -112,6 +113,7 @@ class Plan:
     lora: int | None
     world_size: int
     dtype: str
+    quantised: bool
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -198,6 +200,7 @@ def plan(
         lora=lora,
         world_size=world_size,
         dtype=str(dtype).removeprefix("torch."),
+        quantised=getattr(config, "quantization_config", None) is not None,
         parameter_bytes=(total * dtype.itemsize + own) // world_size,
         gradient_bytes=trained * size // world_size,
         optimizer_bytes=2 * trained * size // world_size,

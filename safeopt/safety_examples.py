@@ -104,6 +104,15 @@ def with_refusals(
     return given + own
 
 
+def check_enough(refused: int, least: int, source: str) -> None:
+    """Raise a ValueError for fewer refused prompts than are needed, naming where they are from."""
+    if refused < least:
+        raise ValueError(
+            f"safety: refused prompts in {source}: {refused}; at least {least} are needed, so give "
+            "more of them"
+        )
+
+
 def alignment_loss(probe: SafetyProbe) -> float:
     """The alignment loss on the first 32 safety examples, the same ones whenever it is asked."""
     return probe.value(range(min(len(probe), _LOOKED_AT)))

@@ -128,6 +128,17 @@ def test_no_chat_template_is_an_error():
     words.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode(words, ChatExample((ASK, SAY)))
+    words.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(ValueError, match=r"chat template: it does not take .* roles user"):
+        encode(words, ChatExample((ASK, SAY)))
+
+
+def test_a_response_under_another_name_is_told_by_its_keys(tmp_path):
+    path = write(tmp_path / "data.jsonl", {"instruction": "x", "context": "", "response": "y"})
+    with pytest.raises(
+        ValueError, match=r"no response .* \['context', 'instruction', 'response'\]"
+    ):
+        read_examples(path)
 
 
 def test_a_template_that_takes_no_system_message_is_an_error():

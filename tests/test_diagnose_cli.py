@@ -59,3 +59,21 @@ def test_wrong_arguments_are_one_sentence(files, change, words):
     assert done.exit_code == 2, done.output
     assert words in done.output.replace("\n", "")
     assert "Traceback" not in done.output
+
+
+def test_a_single_safety_prompt_is_too_few(files, tmp_path):
+    path = tmp_path / "safety.jsonl"
+    path.write_text((files / "safety.jsonl").read_text().splitlines()[0], encoding="utf-8")
+    done = CliRunner().invoke(app, arguments(files, "--safety", str(path)))
+    assert done.exit_code == 2, done.output
+    assert f"safety: refused prompts in {path}: 1; at least 2" in done.output.replace("\n", "")
+
+
+def test_the_report_is_written_before_it_is_shown(files, tmp_path, monkeypatch):
+    def closed(result, to):
+        raise BrokenPipeError("closed")
+
+    monkeypatch.setattr("safeopt.cli.diagnose.show", closed)
+    done = CliRunner().invoke(app, arguments(files, "--out", str(tmp_path), "--batches", "2"))
+    assert done.exit_code == 2, done.output
+    assert {path.name for path in tmp_path.iterdir()} >= {"aic.json", "report.html"}

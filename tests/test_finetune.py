@@ -99,7 +99,11 @@ def test_an_interrupted_run_resumes_to_the_same_parameters(files, tmp_path):
         assert torch.equal(tensor, other), name
 
 
-def test_ctrl_c_saves_and_tells_how_to_go_on(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("sent", "code"), [([signal.SIGINT], 130), ([signal.SIGTERM, signal.SIGTERM], 143)]
+)
+def test_ctrl_c_and_sigterm_save_and_tell_how_to_go_on(files, tmp_path, monkeypatch, sent, code):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     monkeypatch.setattr("sys.argv", ["safeopt", *arguments(files, tmp_path / "out")])
     plain = run
 
@@ -107,13 +111,16 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(files, tmp_path, monkeypatch):
         def press(progress):
             listener(progress)
             if progress.step == 2:
-                signal.raise_signal(signal.SIGINT)
+                for number in sent:
+                    assert signal.getsignal(number) is not signal.SIG_DFL, "it would end all tests"
+                    signal.raise_signal(number)
 
         return plain(prepared, press, should_stop)
 
     monkeypatch.setattr("safeopt.finetuning.run.run", interrupted)
     done = CliRunner().invoke(app, arguments(files, tmp_path / "out"), catch_exceptions=False)
-    assert done.exit_code == 130
+    assert done.exit_code == code
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert "--resume" in done.output.replace("\n", "")
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
 

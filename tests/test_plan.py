@@ -220,6 +220,11 @@ def test_the_command_prints_every_figure():
     ):
         assert word in result.output
     assert "16,384 tokens a step" in result.output
-    result = CliRunner().invoke(app, ["plan", "--model", "qwen3-1.7b", "--rank", "0"])
-    assert result.exit_code == 2
-    assert "rank=0: expected at least 1" in result.output
+    assert "quantised" not in result.output
+    for wrong, words in (
+        (("--rank", "0"), "rank=0: expected at least 1"),
+        (("--full", "--lora", "8"), "full, lora=8: all parameters or an adapter, not both"),
+    ):
+        result = CliRunner().invoke(app, ["plan", "--model", "qwen3-1.7b", *wrong])
+        assert result.exit_code == 2
+        assert words in result.output

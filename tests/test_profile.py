@@ -100,6 +100,8 @@ def test_the_profile_of_adapters_and_of_all_parameters_fits_the_schema():
     looks = [{**look, "examples": 4} for look in RUN["measurements"]]
     drawn = curvature_profile(change, [safety_batch()], {**RUN, "measurements": looks})
     assert drawn["onset"] is None
+    assert "No onset is fitted" in section(drawn)
+    assert "No onset is fitted" not in section(profile)
     before, after = tiny_llama(bias=True), tiny_llama(bias=True)
     randomise(after.parameters())
     profile = curvature_profile(full_change(before, after), [safety_batch()], RUN)

@@ -215,6 +215,15 @@ def test_wrong_arguments_are_one_sentence(files, forgotten, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_too_few_safety_prompts_are_named(files, forgotten, tmp_path):
+    few = tmp_path / "safety.jsonl"
+    lines = (files / "safety.jsonl").read_text(encoding="utf-8").splitlines()
+    few.write_text("\n".join(lines[:8]), encoding="utf-8")
+    done = invoke(*arguments(files, forgotten[False], tmp_path / "out", "--safety", str(few)))
+    assert done.exit_code == 2, done.output
+    assert f"safety: refused prompts in {few}: 8; at least 9" in done.output.replace("\n", "")
+
+
 def test_an_adapter_of_another_model_is_one_sentence(files, forgotten, tmp_path):
     other = tmp_path / "adapter"
     shutil.copytree(forgotten[False], other)

@@ -59,11 +59,14 @@ def diagnose(
         if out is not None:
             check_folder(out)
         result = _diagnose(inputs, batches, rank, examples)
-        show(result, Console())
-        if out is not None:
+        page = None
+        if out is not None:  # before the figures are shown: a closed pipe would end it
             from safeopt.diagnostics.report import write_report
 
-            say(f"wrote {write_report(result, out, inputs.as_dict())}")
+            page = write_report(result, out, inputs.as_dict())
+        show(result, Console())
+        if page is not None:
+            say(f"wrote {page}")
 
 
 def _diagnose(config: InputConfig, batches: int, rank: int | None, examples: int) -> Diagnosis:
@@ -71,7 +74,7 @@ def _diagnose(config: InputConfig, batches: int, rank: int | None, examples: int
         from safeopt.diagnostics import diagnose
         from safeopt.finetuning.inputs import load_inputs, task_batches
 
-        inputs = load_inputs(config, at_most=examples)
+        inputs = load_inputs(config, at_least=2, at_most=examples)
         task = task_batches(inputs, config.batch_size, batches, config.seed)
     columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -1,11 +1,11 @@
-"""``safeopt finetune``: fine-tuning with a progress bar, Ctrl-C and resume."""
+"""``safeopt finetune``: fine-tuning with a progress bar, Ctrl-C, SIGTERM and resume."""
 
 from __future__ import annotations
 
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,8 +89,14 @@ def _finetune(config: FinetuneConfig) -> None:
         from safeopt.finetuning.run import Progress, run
 
         prepared = prepare(config)
-    used, asked = prepared.inputs.refused
-    say(f"{len(prepared.inputs.rows)} training examples; {used} of {asked} safety prompts are used")
+    inputs = prepared.inputs
+    learned, (used, asked) = len(inputs.rows), inputs.refused
+    say(
+        f"{learned} of {inputs.train_given} training examples and {used} of {asked} safety prompts "
+        "are used"
+    )
+    if learned < inputs.train_given:
+        say(f"the prompts of the other training examples fill max_length={config.max_length}")
     bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
     task = bar.add_task("", total=None)
     view = Live(bar.get_renderable(), console=console)
@@ -100,7 +106,7 @@ def _finetune(config: FinetuneConfig) -> None:
         view.update(Group(bar.get_renderable(), Text(_description(progress))))
 
     with view, _interruptible() as interrupted:
-        outcome = run(prepared, show, interrupted)
+        outcome = run(prepared, show, lambda: interrupted() != 0)
     if not console.is_terminal:
         console.print()  # the last view in a log has no line end
     ends = outcome.report["alignment_loss"]
@@ -115,7 +121,7 @@ def _finetune(config: FinetuneConfig) -> None:
     again = shlex.join(["safeopt", *arguments, *(() if config.resume else ("--resume",))])
     console.print("[yellow]interrupted; a checkpoint was saved. Continue with[/]")
     say(f"  {again}")
-    raise typer.Exit(130)
+    raise typer.Exit(128 + interrupted())  # as of a process that the signal has ended
 
 
 def _description(progress: Any) -> str:
@@ -137,19 +143,25 @@ def _description(progress: Any) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Turn the first Ctrl-C into a request to stop at the end of the step."""
-    asked = False
+def _interruptible() -> Iterator[Callable[[], int]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop at the end of the step.
+
+    Yields:
+        What returns the number of that signal, 0 before it.
+    """
+    asked = 0
 
     def handle(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if not asked:
+            asked = number
+            console.print("[yellow]stopping after this step (Ctrl-C again: at once)[/]")
+        elif number == signal.SIGINT:  # clusters that preempt a job may send SIGTERM twice
             raise KeyboardInterrupt
-        asked = True
-        console.print("[yellow]stopping after this step (Ctrl-C again: at once)[/]")
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from safeopt.cli.console import readable_errors
+from safeopt.finetuning.inputs import InputConfig
 from safeopt.optim.config import SafetyConfig
 from safeopt.plan import Assumptions, Plan
 from safeopt.plan import plan as make_plan
@@ -24,10 +25,13 @@ def plan(
     ],
     rank: Annotated[int, typer.Option(help="Directions of the subspace.")] = SafetyConfig.rank,
     full: Annotated[bool, typer.Option("--full", help="Train all parameters, no LoRA.")] = False,
-    lora: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
+    lora: Annotated[
+        int | None, typer.Option(help=f"Rank of the adapter; {InputConfig.lora_rank} by default.")
+    ] = None,
     world_size: Annotated[int, typer.Option(help="Devices that share the state.")] = 1,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the parameters.")
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(help="Of the parameters; `safeopt finetune` keeps them in float32."),
     ] = "bfloat16",
     tokens_per_step: Annotated[
         int, typer.Option(help="Tokens of one training step.")
@@ -38,10 +42,12 @@ def plan(
 ) -> None:
     """Memory and time that protection takes, from a model's configuration alone."""
     with readable_errors():
+        if full and lora is not None:
+            raise ValueError(f"full, lora={lora}: all parameters or an adapter, not both")
         figures = make_plan(
             model,
             rank,
-            lora=None if full else lora,
+            lora=None if full else InputConfig.lora_rank if lora is None else lora,
             world_size=world_size,
             dtype=_DTYPES[dtype],
             assumptions=Assumptions(
@@ -76,7 +82,8 @@ def show(figures: Plan, console: Console) -> None:
         f"Assumed: {assumed.tokens_per_step:,} tokens a step; a refresh every {assumed.interval} "
         f"steps, with {assumed.examples} examples of {assumed.tokens_per_example} tokens, "
         f"{assumed.response_tokens} of them refusal; a window of {assumed.window} examples; "
-        f"r={assumed.side_rank} in the compressed basis. Activations are not counted.",
+        f"r={assumed.side_rank} in the compressed basis. Activations are not counted."
+        + ("\nThe weights are quantised; they are counted as before that." * figures.quantised),
         highlight=False,
     )
 

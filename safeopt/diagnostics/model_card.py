@@ -55,6 +55,11 @@ def section(profile: dict[str, Any]) -> str:
             f"Onset of the measured rise: exponent {onset['exponent']:.2f} "
             f"({low:.2f} to {high:.2f}); best model: {onset['best']}."
         )
+    elif profile["measurements"]:
+        lines.append(
+            "No onset is fitted to the looks of the run: they are at other prompts each time, or "
+            "found no rise."
+        )
     lines += ["", "The curvature is the empirical Fisher matrix; see arXiv 2602.15799.", _END]
     return "\n".join(lines)
 

@@ -44,7 +44,9 @@ def last_checkpoint(out: Path) -> Path:
     """
     found = checkpoints(out)
     if not found:
-        raise FileNotFoundError(f"resume: there is no checkpoint in {out}; run without --resume")
+        raise FileNotFoundError(
+            f"resume: there is no checkpoint in {out}; start it with --overwrite"
+        )
     *earlier, last = found
     damage = _damage(last)
     if damage is None:

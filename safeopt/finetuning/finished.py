@@ -15,8 +15,8 @@ from safeopt.finetuning.adapter import load_adapter
 from safeopt.finetuning.folders import RESULT
 from safeopt.finetuning.inputs import read_template
 from safeopt.finetuning.report import REPORT, read_report
-from safeopt.models import load_causal_lm
-from safeopt.safety_examples import as_batches, with_refusals
+from safeopt.models import check_trainable, load_causal_lm
+from safeopt.safety_examples import as_batches, check_enough, with_refusals
 
 
 @dataclass
@@ -47,7 +47,8 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
     Raises:
         FileNotFoundError: if the folder holds no finished run, or a file is missing.
         ValueError: if ``examples`` is below 2, a file is malformed, a model or adapter cannot be
-            loaded, or the aligned model does not refuse the prompts.
+            loaded or has quantised weights, or the aligned model does not refuse at least two of
+            the prompts.
     """
     path = run / REPORT
     if not path.is_file():
@@ -66,12 +67,13 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
     if examples < len(prompts):
         prompts = random.Random(config["seed"]).sample(prompts, examples)
     model, tokenizer = load_causal_lm(config["model"])
+    check_trainable(model, f"run={run}, model={config['model']}")
     if config["chat_template"] is not None:
         tokenizer.chat_template = read_template(Path(config["chat_template"]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batches = as_batches(
-        tokenizer, with_refusals(model.to(device), tokenizer, prompts, str(source))
-    )
+    refusals = with_refusals(model.to(device), tokenizer, prompts, str(source))
+    check_enough(len(refusals), 2, str(source))
+    batches = as_batches(tokenizer, refusals)
     if config["full"]:
         change = full_change(model, load_causal_lm(str(folder))[0].to(device))
     else:

@@ -15,13 +15,15 @@ import torch
 from safeopt.data import collate, encode_all, pad_id, read_examples
 from safeopt.files import plain
 from safeopt.finetuning.adapter import default_lora
-from safeopt.models import check_readable, load_causal_lm
+from safeopt.integrations.bitsandbytes import keep_trainable
+from safeopt.models import check_readable, check_trainable, load_causal_lm
 from safeopt.probe import SafetyProbe
 from safeopt.safety_examples import (
     alignment_loss,
     answered_alike,
     as_batches,
     check_batches,
+    check_enough,
     check_likely,
     with_refusals,
 )
@@ -81,7 +83,8 @@ class Inputs:
     Attributes:
         model: with its adapter, in training mode.
         tokenizer: its tokenizer.
-        rows: encoded training examples.
+        rows: encoded training examples; those whose prompts fill ``max_length`` are left out.
+        train_given: how many training examples there were.
         probe: the safety examples.
         refused: how many of the safety prompts are used, and how many there were.
         alignment_loss: of the aligned model on the probe's examples, before training.
@@ -90,25 +93,32 @@ class Inputs:
     model: Any
     tokenizer: Any
     rows: list[dict[str, list[int]]]
+    train_given: int
     probe: SafetyProbe
     refused: tuple[int, int]
     alignment_loss: float
 
 
 def load_inputs(
-    config: InputConfig, *, at_most: int | None = None, opening: int | None = None
+    config: InputConfig,
+    *,
+    at_least: int = 1,
+    at_most: int | None = None,
+    opening: int | None = None,
 ) -> Inputs:
     """Read and check everything; write nothing.
 
     Args:
         config: what to read.
+        at_least: refused safety prompts that are needed.
         at_most: safety prompts to use, drawn by the seed; None uses all of them.
         opening: how much of the refusals the probe uses, see `SafetyProbe`.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is malformed, the model has no chat template or cannot read an
-            example, or there is nothing to protect since it does not refuse the safety prompts.
+            example, all parameters of a quantised model are to be trained, or it does not refuse
+            the safety prompts, or too few of them.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -120,6 +130,9 @@ def load_inputs(
         safety = random.Random(config.seed).sample(safety, at_most)
     set_seed(config.seed)
     model, tokenizer = load_causal_lm(config.model)
+    if config.full:
+        check_trainable(model, f"full, model={config.model}")
+    keep_trainable(model)  # before it answers the prompts
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
     if torch.cuda.is_available():
@@ -132,6 +145,7 @@ def load_inputs(
     ids = [row["input_ids"] for row in rows]
     check_readable(model, ids, f"train: an example in {config.train}")
     refusals = with_refusals(model, tokenizer, safety, str(config.safety))
+    check_enough(len(refusals), at_least, str(config.safety))
     held = as_batches(tokenizer, answered_alike(harmless, refusals))
     check_batches(model, held, f"harmless: a prompt in {config.harmless} with the refusal")
     if not config.full:
@@ -142,7 +156,8 @@ def load_inputs(
     probe = SafetyProbe(model, batches, held=held, opening=opening)
     if opening is not None:
         loss = alignment_loss(probe)
-    return Inputs(model, tokenizer, rows, probe, (len(refusals), len(safety)), loss)
+    used = (len(refusals), len(safety))
+    return Inputs(model, tokenizer, rows, len(examples), probe, used, loss)
 
 
 def task_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safeopt.finetuning.folders import CURVES, check_folder
 from safeopt.finetuning.inputs import Inputs, load_inputs
 from safeopt.finetuning.report import REPORT, read_report
 from safeopt.optim import optimizers
+from safeopt.optim.config import SafetyConfig
 from safeopt.probe import OPENING, SafetyProbe
 
 # What a resumed run may change; a checkpoint silently overrules some of the rest.
@@ -21,7 +23,8 @@ _FREE_TO_CHANGE = {"out", "resume", "overwrite"}
 _FREE_TO_CHANGE |= {"epochs", "max_steps", "save_steps", "logging_steps"}
 
 # What is the user's own, where it is a path.
-_OWN = ("model", "train", "safety", "harmless", "chat_template")
+_DATA = ("train", "safety", "harmless", "chat_template")
+_OWN = ("model", *_DATA)
 
 
 @dataclass
@@ -33,12 +36,14 @@ class Prepared:
         inputs: the model with its adapter, the data and the safety examples.
         optimizer: protected unless the config says ``"adamw"``.
         checkpoint: folder to resume from, or None.
+        data: SHA-256 of the data's files, by argument.
     """
 
     config: FinetuneConfig
     inputs: Inputs
     optimizer: torch.optim.Optimizer
     checkpoint: str | None
+    data: dict[str, str]
 
 
 def prepare(config: FinetuneConfig) -> Prepared:
@@ -51,20 +56,34 @@ def prepare(config: FinetuneConfig) -> Prepared:
         PermissionError: if ``out`` must not be written to.
         ValueError: if the model or a file of the data is where the run writes, a file is malformed
             or a checkpoint damaged, the model has no chat template, or there is nothing to protect
-            since the model does not refuse the safety prompts.
+            since the model does not refuse the safety prompts, or too few of them.
     """
     check_folder(Path(config.out))
     _check_apart(config)
-    checkpoint = _checkpoint(config)
-    inputs = load_inputs(config, opening=OPENING)
-    return Prepared(config, inputs, _optimizer(inputs.model, inputs.probe, config), checkpoint)
+    data = _digests(config)
+    checkpoint = _checkpoint(config, data)
+    # A protected run keeps its trial examples apart, and needs one beside them.
+    at_least = 1 if config.optimizer == ADAMW else SafetyConfig.trial_examples + 1
+    inputs = load_inputs(config, at_least=at_least, opening=OPENING)
+    optimizer = _optimizer(inputs.model, inputs.probe, config)
+    return Prepared(config, inputs, optimizer, checkpoint, data)
 
 
-def _checkpoint(config: FinetuneConfig) -> str | None:
+def _digests(config: FinetuneConfig) -> dict[str, str]:
+    """SHA-256 of the data's files; one that is not there is named where it is read."""
+    files = {name: getattr(config, name) for name in _DATA}
+    return {
+        name: sha256(Path(file).read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file is not None and Path(file).is_file()
+    }
+
+
+def _checkpoint(config: FinetuneConfig, data: dict[str, str]) -> str | None:
     out = Path(config.out)
     if config.resume:
         last = last_checkpoint(out)
-        _check_unchanged(config, out / REPORT)
+        _check_unchanged(config, data, out / REPORT)
         return str(last)
     found = [
         path.name
@@ -106,14 +125,15 @@ def _relation(path: Path, folder: Path) -> str | None:
     return "lies in" if inside else None
 
 
-def _check_unchanged(config: FinetuneConfig, report: Path) -> None:
-    """Refuse to resume a run with other choices than it was started with."""
+def _check_unchanged(config: FinetuneConfig, data: dict[str, str], report: Path) -> None:
+    """Refuse to resume a run with other choices or data than it was started with."""
     if not report.is_file():
         raise FileNotFoundError(
             f"resume: there is no {report}, which says what was started; start again with "
             "--overwrite"
         )
-    before = read_report(report)["config"]
+    written = read_report(report)
+    before, had = written["config"], written.get("data", {})  # new: earlier runs have none
     for name, value in config.as_dict().items():
         was = before.get(name, value)
         # A folder may have moved; what lies in it has kept its name.
@@ -124,6 +144,12 @@ def _check_unchanged(config: FinetuneConfig, report: Path) -> None:
             raise ValueError(
                 f"resume: the run in {config.out} was started with {name}={was}, now it is "
                 f"{value}; give the same, or start again with --overwrite"
+            )
+    for name, digest in data.items():
+        if had.get(name, digest) != digest:
+            raise ValueError(
+                f"resume: {name}={getattr(config, name)} has changed since the run in {config.out} "
+                "was started; give the file as it was, or start again with --overwrite"
             )
 
 

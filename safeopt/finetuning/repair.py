@@ -16,13 +16,15 @@ from safeopt.files import plain, write_json
 from safeopt.finetuning.adapter import load_adapter
 from safeopt.finetuning.folders import RESULT, check_folder
 from safeopt.finetuning.inputs import check_seed, read_template
-from safeopt.models import check_readable, load_causal_lm
+from safeopt.integrations.bitsandbytes import keep_trainable
+from safeopt.models import check_readable, check_trainable, load_causal_lm
 from safeopt.optim.repair import RepairReport, repair
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import check_batches, read_safety_batches
+from safeopt.safety_examples import check_batches, check_enough, read_safety_batches
 
 REPORT = "repair.json"
 _WORKING = "repair.partial"
+_TRIAL_EXAMPLES = 8  # safety examples that only judge the steps
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,20 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
             repair has left something in it.
         PermissionError: if ``out`` must not be written to.
         ValueError: if a file is malformed, a model cannot be loaded or cannot read an example, or
-            the reference does not refuse the safety prompts.
+            the reference does not refuse the safety prompts, or too few of them.
     """
     _check_new(Path(config.out))
     examples = read_examples(config.train) if config.train else []
     is_adapter = (Path(config.model) / "adapter_config.json").is_file()
     template = None if config.chat_template is None else read_template(config.chat_template)
     aligned, tokenizer = load_causal_lm(config.reference)
+    keep_trainable(aligned)  # before it answers the prompts
     if template is not None:
         tokenizer.chat_template = template
     if torch.cuda.is_available():
         aligned = aligned.cuda()
     safety, held = read_safety_batches(aligned, tokenizer, config.safety, config.harmless)
+    check_enough(len(safety), _TRIAL_EXAMPLES + 1, str(config.safety))
     looked_at = SafetyProbe(aligned, safety, held=held)
     reference = looked_at.values(looked_at.indices)
     if is_adapter:
@@ -127,6 +131,7 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         device = aligned.device
         del aligned, looked_at
         model, own = load_causal_lm(config.model)
+        check_trainable(model, f"model={config.model}")
         if template is not None or not own.chat_template:
             own.chat_template = tokenizer.chat_template
         model, tokenizer = model.to(device).requires_grad_(True), own
@@ -184,6 +189,7 @@ def run_repair(prepared: PreparedRepair) -> RepairReport:
             task=prepared.task,
             refreshes=config.refreshes,
             examples=config.examples,
+            trial_examples=_TRIAL_EXAMPLES,
             task_examples=config.examples,
             seed=config.seed,
         )

@@ -39,12 +39,12 @@ _CHOICES: dict[str, Any] = {
 }
 
 
-def run_report(prepared: Prepared, trainer: Any, finished: bool, seconds: float) -> dict[str, Any]:
-    """What ``run.json`` holds: choices, counts, the log, measurements, cost and versions.
+def run_report(prepared: Prepared, state: Any, finished: bool, seconds: float) -> dict[str, Any]:
+    """What ``run.json`` holds: choices, data, counts, the log, measurements, cost and versions.
 
     Args:
         prepared: the run.
-        trainer: its Trainer.
+        state: the state of its Trainer.
         finished: whether it has trained to its end.
         seconds: training time so far, that before a resume included.
     """
@@ -52,13 +52,15 @@ def run_report(prepared: Prepared, trainer: Any, finished: bool, seconds: float)
     report: dict[str, Any] = {
         "config": config.as_dict(),
         "finished": finished,
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
+        "data": prepared.data,
         "train_examples": len(prepared.inputs.rows),
+        "train_examples_given": prepared.inputs.train_given,
         "safety_prompts": {"used": prepared.inputs.refused[0], "given": prepared.inputs.refused[1]},
         "trainable_parameters": sum(
             p.numel() for p in prepared.inputs.model.parameters() if p.requires_grad
         ),
-        "log": trainer.state.log_history,
+        "log": state.log_history,
         "alignment_loss": {"start": prepared.inputs.alignment_loss, "end": None},
         "measurements": [],
         "opening": prepared.inputs.probe.opening,
@@ -95,6 +97,8 @@ def _problem(report: Any) -> str | None:
     """What is wrong with the entries that are read again."""
     if not isinstance(report, Mapping):
         return f"it holds {type(report).__name__}"
+    if not isinstance(report.get("data", {}), dict):
+        return f"data={report['data']!r}"
     problem = _wrong(report, _ENTRIES, "") or _wrong(report["config"], _CHOICES, "config.")
     if problem:
         return problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,10 @@ def run(
     """
     config = prepared.config
     out = Path(config.out)
-    if config.overwrite:
-        _clear(out)
     out.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead to what is not there yet
-    report_path = out / REPORT
     # Training time before a resume; `prepare` has checked that file.
-    earlier = float(read_report(report_path)["seconds"]) if config.resume else 0.0
-    watcher = _Watcher(prepared, listener, should_stop)
+    earlier = float(read_report(out / REPORT)["seconds"]) if config.resume else 0.0
+    watcher = _Watcher(prepared, listener, should_stop, earlier)
     callbacks: list[TrainerCallback] = [watcher]
     if config.optimizer != ADAMW:
         callbacks.append(SafetyCallback())
@@ -110,18 +108,18 @@ def run(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # the listener shows progress, nobody prints
-    write_json(report_path, run_report(prepared, trainer, False, earlier))
-    began = clock()
-    trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    if config.overwrite:  # only now that Trainer has refused nothing
+        _clear(out)
+    with suppress(_NothingLeftError):
+        trainer.train(resume_from_checkpoint=prepared.checkpoint)
     finished = not watcher.stopped
     folder = out / RESULT[config.full]
     if finished:
         trainer.save_model(str(folder))
         prepared.inputs.tokenizer.save_pretrained(str(folder))
-    seconds = earlier + clock() - began
-    report = run_report(prepared, trainer, finished, seconds)
+    report = run_report(prepared, trainer.state, finished, watcher.seconds)
     report["alignment_loss"]["end"] = alignment_loss(prepared.inputs.probe)
-    write_json(report_path, report)
+    write_json(out / REPORT, report)
     save_curves(report, out / CURVES)
     return Outcome(finished, folder, report)
 
@@ -157,18 +155,24 @@ class _Collator:
         return collate(rows, self.pad_id)
 
 
+class _NothingLeftError(Exception):
+    """The checkpoint is the last step's: Trainer would take one more before it looks."""
+
+
 class _Watcher(TrainerCallback):
-    """Reports progress and ends the run at a step's end when asked to."""
+    """Reports progress, keeps ``run.json`` and ends the run at a step's end when asked to."""
 
     def __init__(
         self,
         prepared: Prepared,
         listener: Callable[[Progress], None],
         should_stop: Callable[[], bool],
+        earlier: float,
     ) -> None:
         self.prepared = prepared
         self.listener = listener
         self.should_stop = should_stop
+        self.earlier = earlier
         self.stopped = False
         self._began = 0.0
         self._safety_before = 0.0
@@ -177,6 +181,12 @@ class _Watcher(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = clock()
         self._safety_before = self.prepared.inputs.probe.passes.seconds
+        self._write(state)  # not before: a checkpoint that does not load leaves the file as it was
+        if state.global_step >= state.max_steps:
+            raise _NothingLeftError
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state)  # where a run that is killed goes on
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.should_stop() and state.global_step < state.max_steps:
@@ -190,6 +200,16 @@ class _Watcher(TrainerCallback):
         if "loss" in latest:
             self._task_loss = latest["loss"]
             self._tell(state, kwargs["optimizer"])
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, that before a resume included."""
+        return self.earlier + clock() - self._began
+
+    def _write(self, state: Any) -> None:
+        if state.is_world_process_zero:
+            report = run_report(self.prepared, state, False, self.seconds)
+            write_json(Path(self.prepared.config.out) / REPORT, report)
 
     def _tell(self, state: Any, optimizer: Any) -> None:
         protected = self.prepared.config.optimizer != ADAMW
