@@ -18,7 +18,7 @@ from benchmarks.records import FILE, Result, read_result
 from safeopt.files import write_whole
 
 PAGE = "report.html"
-FIGURE, TARGET, METHOD = 16, 10, 16  # widths of the columns in the terminal, in characters
+FIGURE, TARGET, METHOD = 16, 12, 14  # widths of the columns in the terminal, in characters
 
 
 def report(folder: Path, console: Console) -> Path:
@@ -92,7 +92,8 @@ def _target_table(methods: list[Summary], asked: list[Target]) -> Table:
     table.add_column("figure")
     table.add_column("target", width=TARGET)
     for method in methods:
-        table.add_column(method.method, justify="right", overflow="fold", width=METHOD)
+        name = method.method.replace("_", " ")  # folds at words
+        table.add_column(name, justify="right", overflow="fold", width=METHOD)
     for target in asked:
         cells = [_cell(target.figures.get(method.method)) for method in methods]
         table.add_row(target.name, target.asked, *cells)

@@ -63,14 +63,19 @@ def protected_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """The `protected_parameters`, of which none may be left: a model is frozen to be saved."""
-    return [
+    """The `protected_parameters`, of which none may be left: a model is frozen to be saved.
+
+    Each once: torch only warns of a group that names one twice, as of tied weights, and a step back
+    would be taken twice.
+    """
+    named = (
         p
         for group in optimizer.param_groups
         if group.get("protect", True)
         for p in group["params"]
         if p.requires_grad
-    ]
+    )
+    return list(dict.fromkeys(named))
 
 
 def spanned_parameters(optimizer: Optimizer, geometry: SafetyGeometry) -> list[Tensor]:
@@ -161,7 +166,7 @@ def attach(
 
     Raises:
         ValueError: if ``on_refresh_error`` is unknown, or a protected group is ``capturable`` or
-            ``differentiable``, has no learning rate or names a parameter twice.
+            ``differentiable`` or has no learning rate.
         TypeError: for complex or sparse parameters.
     """
     check_policy(on_refresh_error)
@@ -379,11 +384,6 @@ def check_groups(optimizer: Optimizer) -> None:
                     "captured or differentiated; leave it False, or use protect=False"
                 )
         trained = [p for p in group["params"] if p.requires_grad]
-        if len(set(trained)) < len(trained):  # torch only warns; a step back would be taken twice
-            raise ValueError(
-                f"params: a group names {len(trained) - len(set(trained))} parameters twice (tied "
-                "weights?); give each of them once, or use protect=False"
-            )
         if any(p.is_complex() or p.layout != torch.strided for p in trained):
             raise TypeError(
                 "params: complex and sparse parameters cannot be protected; use protect=False"

@@ -54,8 +54,7 @@ def safeguard(
         TypeError: if ``optimizer`` is not a torch optimizer or cannot be protected, an option is
             unknown, or a protected parameter is complex or sparse.
         ValueError: if an option is out of its range, the optimizer is protected already, or a
-            protected group is ``capturable`` or ``differentiable``, has ``lr=None`` or names a
-            parameter twice.
+            protected group is ``capturable`` or ``differentiable``, or has ``lr=None``.
 
     Cost: as `ProjectedAdamW`.
     """
