@@ -134,7 +134,8 @@ def _terminal(found: Standings, *, narrow: bool) -> Table:
             f"{removed(row)}\n{reached(row)}".strip(), own(row),
             f"{row.alignment:.3f}", f"{row.task:.3f}",
             f"{row.refusal:.0%}", f"{row.over_refusal:.0%}",
-            *[f"{row.separation or 0:.3f}"] * separated, f"{row.share:.1%}",
+            *["–" if row.separation is None else f"{row.separation:.3f}"] * separated,
+            f"{row.share:.1%}",
             style="bold" if row.ours else "",
         )  # fmt: skip
     return table

@@ -148,6 +148,9 @@ def continued(config: RunConfig, out: Path, *, methods_may_change: bool) -> Resu
         ConfigError: if ``out`` holds the result of another config.
     """
     result = read_result(out)
+    if result is not None and result.config != config.as_json():
+        # One of an earlier version lacks the entries that have come since, with their defaults.
+        result.config = result.run_config().as_json()
     if result is not None and methods_may_change:
         _keep_methods(result, config)
     if result is not None and result.config != config.as_json():

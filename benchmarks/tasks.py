@@ -94,7 +94,7 @@ def material(config: RunConfig, tokenizer: Any) -> Material:
 
 
 def refusal_row(tokenizer: Any, prompt: str) -> Row:
-    """A harmful prompt with the refusal that an aligned model gives."""
+    """A prompt with the refusal that an aligned model gives to harmful ones."""
     encoded = encode(tokenizer, _chat(prompt, REFUSAL), PROMPT_LENGTH)
     return Row(input_ids=list(encoded["input_ids"]), labels=list(encoded["labels"]))
 

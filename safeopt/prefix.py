@@ -103,4 +103,4 @@ def _can_share(model: nn.Module, batch: Batch) -> bool:
     everything = (
         set(kinds) == {"full_attention"} and getattr(config, "sliding_window", None) is None
     )
-    return everything and takes_positions(model) and accepted <= forward_arguments(model)
+    return everything and accepted <= forward_arguments(model) and takes_positions(model)

@@ -396,9 +396,9 @@ class SafetyProbe:
         pad = not reads_padding(self.model)
         for group in by_length(lengths, self.micro_batch_size, pad=pad):
             # Layers that put tokens before examples would look to `per_example` like any others.
-            square = len(group) == max(lengths[position] for position in group) > 1
-            cut = len(group) - square
-            yield from (sorted(part) for part in (group[:cut], group[cut:]) if part)
+            # Without the shortest there is one example less than the longest has tokens.
+            square = len(group) == lengths[group[-1]] > 1
+            yield from (sorted(part) for part in (group[:square], group[square:]) if part)
 
     def _run(self, members: Sequence[int], *, backward: bool) -> Tensor:
         whole = join([self._examples[index] for index in members], _device(self.model))

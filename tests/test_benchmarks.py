@@ -24,7 +24,7 @@ from benchmarks.models import trainable
 from benchmarks.plots import look
 from benchmarks.records import Failure, Result, read_result, write_result
 from benchmarks.report import report
-from benchmarks.run import alone, run
+from benchmarks.run import alone, continued, run
 from benchmarks.tasks import batches, material, single_batches, task_loss
 
 QUIET = Console(quiet=True)
@@ -350,6 +350,11 @@ def test_a_folder_belongs_to_one_config(tmp_path: Path, config: RunConfig):
     write_result(Result(environment={}, config=other.as_json()), tmp_path)
     with pytest.raises(ConfigError, match="the result of another config"):
         run(config, tmp_path, QUIET)
+    earlier = config.as_json()
+    del earlier["evaluation"]["separation"]  # as written before there was this entry
+    for change in (False, True):
+        write_result(Result(environment={}, config=earlier), tmp_path)
+        assert continued(config, tmp_path, methods_may_change=change).config == config.as_json()
     for damaged in (b"{", b'{"records": "\xff"}'):
         (tmp_path / "result.json").write_bytes(damaged)
         with pytest.raises(ConfigError, match="no result of this benchmark"):

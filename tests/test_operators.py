@@ -482,6 +482,7 @@ def test_equal_data_by_value():
     again = {"x": x.clone(), "more": (torch.tensor([True]), ["other", torch.arange(3)])}
     assert equal_data(batch, again)  # NaN included; what is no tensor is not compared
     assert not equal_data(batch, {**again, "x": x[:1]})
+    assert not equal_data(batch, {**again, "x": torch.zeros(3)})
     assert not equal_data(batch, {**again, "x": x.nan_to_num(2.0)})
     assert not equal_data(batch, {**again, "more": (torch.tensor([False]), ["", torch.arange(3)])})
 

@@ -22,7 +22,7 @@ c quadratic in time is gone. A side effect remains: on the sliding surface sign(
 a drift linear in time where the task is curved along u: the task gradient's component stays zero
 because c moves. The shared map takes this out, as it lies in the subspace.
 
-**ascent="safety"**: e = ∇Â(c)/‖∇Â(c)‖, ∇Â(c) = b + sΛc, climbs the alignment loss's surrogate. The
+**ascent="safety"**: e = ∇Â(c)/‖∇Â(c)‖, ∇Â(c) = b + Λc, climbs the alignment loss's surrogate. The
 step evaluates the task where alignment is worse by ρ‖∇Â‖, and comes to rest where that point is
 optimal for the task: ∇L(θ + ε) = 0, θ = θ* − ρUe, whose alignment loss is lower by ρ‖∇Â‖ than that
 of the task's optimum θ*. It is a safety margin of length ρ. To first order it adds −ρHUe to the

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.basis import CarriedRows, whitening
-from safeopt.rows import GradientRows, as_matrix, flat_products, row_dtype
+from safeopt.rows import GradientRows, as_matrix, flat_products, mixed, row_dtype
 
 _BLOCK = 64
 # Restored numbers in a temporary tensor, at most: 64 MiB in float32.
@@ -129,7 +129,7 @@ class Int8Basis:
         for block, dtype, tensor in zip(self.blocks, self.dtypes, tensors, strict=True):
             step = torch.zeros(tensor.numel(), dtype=dtype, device=tensor.device)
             for part, values in block.chunks(dtype):
-                step[part] = inner.to(values) @ values
+                step[part] = mixed(inner[None], values)[0]
             tensor.add_(step.view(tensor.shape).to(tensor.dtype))
 
     def inner(self, other: Int8Basis) -> Tensor:
@@ -163,14 +163,14 @@ class Int8Basis:
             parts = [quantised(row.new_empty(len(left), 0))]  # all of a parameter without numbers
             for low in range(0, row.shape[1], step):
                 part = slice(low, low + step)
-                values = right.to(row) @ row[:, part]
+                values = mixed(right, row[:, part])
                 if self.rank:
                     old = Quantised(
                         block.codes[:, part],
                         block.scales[:, low // _BLOCK : -(-(low + step) // _BLOCK)],
                     )
                     for inside, numbers in old.chunks(dtype):
-                        values[:, inside] += left.to(numbers) @ numbers
+                        values[:, inside] += mixed(left, numbers)
                 parts.append(quantised(values))
             blocks.append(_joined(parts))
         products = sum(

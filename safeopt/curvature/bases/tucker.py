@@ -68,7 +68,8 @@ class Tucker:
         """The same directions in `full`, between columns that are orthonormal again."""
         block = self.full()
         (q_b, r_b), (q_a, r_a) = torch.linalg.qr(block.left), torch.linalg.qr(block.right)
-        return Tucker(q_b, r_b @ block.cores @ r_a.T, q_a)
+        with exact_products(block.cores.device):
+            return Tucker(q_b, r_b @ block.cores @ r_a.T, q_a)
 
     def core_of(self, matrix: Tensor) -> Tensor:
         """Q_bᵀ X Q_a of one matrix ``(d_out, d_in)``."""

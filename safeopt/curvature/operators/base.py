@@ -218,7 +218,7 @@ class CurvatureOperator(ABC, Generic[PartT]):
         A product then costs what lies behind the common part only. Memory: the activations and
         graphs of the kept micro-batches. The parameters must not change in the meantime; in-place
         changes are noticed, writes through ``.data`` are not. Nor may the batches: a product raises
-        ValueError where a kept micro-batch does not come again, as from a loader that shuffles.
+        ValueError where another one comes in a kept one's place, as from a loader that shuffles.
         """
         if self._parts is not None:
             yield

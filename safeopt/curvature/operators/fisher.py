@@ -25,7 +25,7 @@ from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss, row_count
 from safeopt.losses import IGNORE, response_log_probs
 from safeopt.per_example import per_example_gradients
-from safeopt.rows import as_matrix, inner_products, row_dtype
+from safeopt.rows import inner_products, mixed, row_dtype
 
 
 class _Rows:
@@ -39,7 +39,7 @@ class _Rows:
         """Add Gᵀ(G·v) for each vector."""
         coefficients = inner_products(vectors, self.rows)
         for total, row in zip(out, self.rows, strict=True):
-            total += (coefficients.to(row) @ as_matrix(row)).view(total.shape)
+            total += mixed(coefficients, row)
 
 
 class FisherOperator(CurvatureOperator[_Rows]):

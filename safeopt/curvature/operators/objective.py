@@ -127,8 +127,10 @@ def to_device(value: Any, device: torch.device) -> Any:
 def equal_data(one: Any, other: Any) -> bool:
     """Whether two batches hold equal tensors; what else they hold is not compared."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape:
+            return False
         missing = (one != one) & (other != other)  # NaN may stand for a target that is not there
-        return one.shape == other.shape and bool(((one == other) | missing).all())
+        return bool(((one == other) | missing).all())
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(equal_data(one[k], other[k]) for k in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
