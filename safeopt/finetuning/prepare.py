@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from safeopt.files import sha256
 from safeopt.finetuning.checkpoints import last_checkpoint, written_folders
 from safeopt.finetuning.config import ADAMW, FinetuneConfig
 from safeopt.finetuning.folders import CURVES, check_folder
@@ -73,7 +73,7 @@ def _digests(config: FinetuneConfig) -> dict[str, str]:
     """SHA-256 of the data's files; one that is not there is named where it is read."""
     files = {name: getattr(config, name) for name in _DATA}
     return {
-        name: sha256(Path(file).read_bytes()).hexdigest()
+        name: sha256(Path(file))
         for name, file in files.items()
         if file is not None and Path(file).is_file()
     }
