@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.config import CONFIGS, ConfigError, RunConfig, SweepConfig, load_config
-from benchmarks.data.sources import DownloadError
+from benchmarks.jobs import MENDABLE, Executor, Processes, RayCluster, cores, places
 from benchmarks.quiet import be_quiet
 
-if TYPE_CHECKING:
-    from benchmarks.jobs import Executor
-
 RAY_THREADS = 2
+# Exit codes after Ctrl-C, for which typer itself stands, and after SIGTERM.
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 Config = Annotated[Path, typer.Argument(help="A YAML file.")]
 Out = Annotated[Path, typer.Option(help="Folder of the result.", file_okay=False)]
@@ -77,7 +77,6 @@ def sweep(
 ) -> None:
     """Tune every method on `val`, run its choice on `test`, and report; resumable."""
     from benchmarks.dry_run import shrunk
-    from benchmarks.jobs import places
     from benchmarks.leaderboard import leaderboard
     from benchmarks.run import alone
     from benchmarks.sweep import sweep as run_sweep
@@ -97,8 +96,6 @@ def sweep(
 
 def _executor(jobs: int | None, ray: str | None) -> tuple[Executor | None, int | None]:
     """Where the runs take place, and the threads of each."""
-    from benchmarks.jobs import Processes, RayCluster, cores
-
     if ray is not None:
         return RayCluster(ray, RAY_THREADS), RAY_THREADS
     if jobs is None:
@@ -247,15 +244,24 @@ def _one_run(path: Path) -> RunConfig:
 def main() -> None:
     """Run the command line; what the user can mend is told without a traceback."""
     be_quiet()
+    before = signal.signal(signal.SIGTERM, _stop)
+    told = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app()
-    except (ConfigError, DownloadError, FileNotFoundError) as error:
-        told = Console(stderr=True, highlight=False, soft_wrap=True)
+    except MENDABLE as error:
         told.print(f"[bold red]error[/] {escape(str(error))}")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nstopped; the same command goes on with what is left")
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code in STOPPED:
+            told.print("stopped; finished runs are kept, the same command goes on with the others")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """End as Ctrl-C does, with what stands in ``finally``: child processes, the folder's lock."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from benchmarks.evaluation import Evaluator
 from benchmarks.methods import Setup, method_class
 from benchmarks.models import load, trainable, unaligned
 from benchmarks.records import Point, Record, Span, Start
+from benchmarks.separation import separation
 from benchmarks.tasks import batches, material, single_batches
 from benchmarks.training import Listener, train
 from safeopt.timing import clock
@@ -131,7 +132,7 @@ class Bench:
                 rates = self.evaluator.rates(model)
                 divergence = self.evaluator.harmless_kl(model)
                 metric = self.evaluator.task_metric(model)
-                separation = self.evaluator.separation(model)
+                scores = self.evaluator.refusal_nll(model)
             seconds = clock() - began
         trajectory.seconds.evaluation += seconds
         trajectory.seconds.total += seconds
@@ -155,7 +156,8 @@ class Bench:
             peak_bytes=memory.bytes,
             harmless_kl=divergence,
             task_metric=_span(start.task_metric, metric),
-            separation=_span(start.separation, separation),
+            separation=_span(start.separation, None if scores is None else separation(scores)),
+            refusal_nll=scores if config.evaluation.per_prompt else None,
         )
 
 

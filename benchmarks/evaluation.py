@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.config import EvaluationConfig
 from benchmarks.inference import Row, greedy, response_nll
 from benchmarks.metrics import metric_of
-from benchmarks.records import Start
+from benchmarks.records import RefusalNLL, Start
+from benchmarks.separation import separation
 from benchmarks.tasks import Material, refusal_row
 from safeopt.data import collate, prompt_ids
 from safeopt.isolation import evaluating
@@ -69,6 +70,7 @@ class Evaluator:
         if self.config.harmless_kl:
             with evaluating(model):
                 answers = self._answers(model, self.material.harmless)
+        scores = self.refusal_nll(model)
         return Start(
             task_loss=losses.task,
             alignment_loss=losses.alignment,
@@ -77,7 +79,8 @@ class Evaluator:
             prompts=losses.prompts if self.config.per_prompt else None,
             answers=answers,
             task_metric=self.task_metric(model),
-            separation=self.separation(model),
+            separation=None if scores is None else separation(scores),
+            refusal_nll=scores if self.config.per_prompt else None,
         )
 
     def losses(self, model: nn.Module) -> Losses:
@@ -87,8 +90,7 @@ class Evaluator:
             task = float(sums.sum() / counts.sum())
             sums, counts = response_nll(model, self.material.alignment)
             each = sums / counts
-            prompts = [float(f"{value:.{DIGITS}g}") for value in each.tolist()]
-            return Losses(task=task, alignment=float(each.mean()), prompts=prompts)
+            return Losses(task=task, alignment=float(each.mean()), prompts=_rounded(each))
 
     def rates(self, model: nn.Module) -> Rates:
         """Refusals of harmful prompts and of harmless ones, by greedy answers and the judge."""
@@ -98,13 +100,8 @@ class Evaluator:
                 over_refusal=self._refused(model, self.material.harmless),
             )
 
-    def separation(self, model: nn.Module) -> float | None:
-        """How well the refusal's likelihood tells the harmful prompts from the harmless ones.
-
-        The area under the ROC curve: the share of pairs of a harmful and a harmless prompt of which
-        the harmful one's refusal is the likelier, ties by half. Unlike the two rates it does not
-        change when all prompts come to be refused more, or less. None if it is not asked for.
-        """
+    def refusal_nll(self, model: nn.Module) -> RefusalNLL | None:
+        """How unlikely the refusal is after each prompt; None if no separation is asked for."""
         if not self.config.separation:
             return None
         with evaluating(model):
@@ -112,8 +109,7 @@ class Evaluator:
                 response_nll(model, [refusal_row(self.tokenizer, prompt) for prompt in prompts])[0]
                 for prompts in (self.material.harmful, self.material.harmless)
             )
-        difference = harmless - harmful[:, None]
-        return float(((difference > 0).double() + (difference == 0).double() / 2).mean())
+        return RefusalNLL(harmful=_rounded(harmful), harmless=_rounded(harmless))
 
     def task_metric(self, model: nn.Module) -> float | None:
         """The mean of the task's metric over greedy answers; None if it is not asked for."""
@@ -176,7 +172,12 @@ def _divided(row: Row) -> tuple[list[int], list[int]]:
     return row["input_ids"][:start], row["input_ids"][start:]
 
 
-def _chunks(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, torch.Tensor]]:
+def _rounded(values: Tensor) -> list[float]:
+    """As they stand in the result."""
+    return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
+
+
+def _chunks(model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
     device = next(model.parameters()).device
     for start in range(0, len(rows), CHUNK):
         batch = collate(rows[start : start + CHUNK], pad_id=0, side="left")

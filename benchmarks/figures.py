@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.config import BASELINE
-from benchmarks.records import Record, Result
+from benchmarks.records import Record, Result, Span
 
 REPLAY = "replay"
 LARGE_BATCH = 16_384
@@ -44,6 +44,7 @@ class Summary:
     """One method, mean over its seeds; rates and shares between 0 and 1.
 
     Attributes:
+        separation: before and after, if the config asks for it.
         rise: of the alignment loss from start to end, in nats per token.
         largest_rise: the largest at any measured step.
         share: of the training time that goes into safety.
@@ -60,6 +61,7 @@ class Summary:
     alignment: tuple[float, float]
     refusal: tuple[float, float]
     over_refusal: tuple[float, float]
+    separation: tuple[float, float] | None
     rise: float
     largest_rise: float
     total: float
@@ -201,6 +203,7 @@ def _summary(method: str, records: Sequence[Record]) -> Summary:
             mean(lambda r: r.over_refusal_rate.start),
             mean(lambda r: r.over_refusal_rate.end),
         ),
+        separation=_mean_span([r.separation for r in records if r.separation is not None]),
         rise=mean(lambda r: r.alignment_loss.end - r.alignment_loss.start),
         largest_rise=mean(
             lambda r: max(point.alignment_loss for point in r.curve) - r.alignment_loss.start
@@ -214,6 +217,13 @@ def _summary(method: str, records: Sequence[Record]) -> Summary:
         safety_tokens=safety_tokens,
         peak_bytes=max(record.peak_bytes for record in records),
     )
+
+
+def _mean_span(spans: Sequence[Span]) -> tuple[float, float] | None:
+    """Means over seeds at the start and the end; None where nothing was measured."""
+    if not spans:
+        return None
+    return sum(s.start for s in spans) / len(spans), sum(s.end for s in spans) / len(spans)
 
 
 def _ratio(value: float, whole: float) -> float | None:

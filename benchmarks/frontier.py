@@ -207,14 +207,15 @@ def _summary(found: _Figures, drawn: Sequence[_Figures]) -> Matched:
     intervals = [
         None
         if value is None
-        else _interval(value, [other for other in others if other is not None])
+        else percentiles(value, [other for other in others if other is not None])
         for value, others in zip(found, zip(*drawn, strict=True), strict=True)
     ]
     reached = sum(figures.alignment is not None for figures in drawn) / max(1, len(drawn))
     return Matched(*intervals, reached=reached)
 
 
-def _interval(value: float, drawn: Sequence[float]) -> Interval:
+def percentiles(value: float, drawn: Sequence[float]) -> Interval:
+    """An estimate with the percentiles of what replicates gave; without any it has no width."""
     if not drawn:
         return Interval(value, value, value)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -13,21 +13,24 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
 
-from benchmarks.config import RunConfig
+from benchmarks.config import ConfigError, RunConfig
+from benchmarks.data.sources import DownloadError
 from benchmarks.quiet import be_quiet
 from benchmarks.records import Point, Record, Start
 
 REPOSITORY = Path(__file__).parents[1]
+# What the user can mend: told without a traceback.
+MENDABLE = (ConfigError, DownloadError, FileNotFoundError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,23 +124,31 @@ class Processes:
 
     def start(self, config: dict[str, Any], threads: int | None) -> dict[str, Any]:
         """As `Executor.start`."""
-        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
-            return pool.submit(measure_start, config, threads).result()
+        connection, process = _started(_measuring_child, config, threads)
+        try:
+            found = connection.recv()
+        except EOFError:  # it has told why itself, if it could
+            process.join()
+            raise RuntimeError(
+                f"the process that measured the starting point ended by {_ending(process.exitcode)}"
+            ) from None
+        finally:
+            process.kill()
+            connection.close()
+        if isinstance(found, MENDABLE):
+            raise found
+        return dict(found)
 
     def run(self, jobs: Sequence[Job], listener: JobListener) -> None:
         """As `Executor.run`."""
-        context = _context()
         waiting, places = deque(jobs), deque(range(self.number))
         running: dict[Connection, tuple[Job, BaseProcess, int]] = {}
         try:
             while waiting or running:
                 while waiting and places:
                     job, place = waiting.popleft(), places.popleft()
-                    ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_child, args=(job, theirs, place), daemon=True)
-                    process.start()
-                    theirs.close()  # so that the end of the process is the end of the pipe
-                    running[ours] = (job, process, place)
+                    connection, process = _started(_child, job, place)
+                    running[connection] = (job, process, place)
                 for connection in wait(list(running)):
                     assert isinstance(connection, Connection)
                     job, process, place = running[connection]
@@ -162,6 +173,16 @@ def _context() -> Any:
     return context
 
 
+def _started(child: Callable[..., None], *args: Any) -> tuple[Connection, BaseProcess]:
+    """Start ``child(*args, connection)`` in a process; what it sends, the connection gives."""
+    context = _context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(*args, theirs), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    return ours, process
+
+
 def _receive(connection: Connection, job: Job, process: BaseProcess, listener: JobListener) -> bool:
     """Pass one message on; whether it was the last."""
     try:
@@ -184,11 +205,35 @@ def _receive(connection: Connection, job: Job, process: BaseProcess, listener: J
     return False
 
 
-def _child(job: Job, connection: Connection, place: int) -> None:
+def _serve_parent() -> None:
+    """What every child process begins with: it lives and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    Thread(target=_end_with_parent, daemon=True).start()
+    be_quiet()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its children, which would go on for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _measuring_child(config: dict[str, Any], threads: int | None, connection: Connection) -> None:
+    _serve_parent()
+    try:
+        connection.send(measure_start(config, threads))
+    except MENDABLE as error:
+        connection.send(error)
+    finally:
+        connection.close()
+
+
+def _child(job: Job, place: int, connection: Connection) -> None:
+    _serve_parent()
     if (devices := torch.cuda.device_count()) > 1:
         torch.cuda.set_device(place % devices)
-    be_quiet()
     try:
         record = do(
             job,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.charts import path, scale
 from benchmarks.config import BASELINE
-from benchmarks.frontier import Interval
+from benchmarks.frontier import Interval, nondominated
 from benchmarks.metrics import metric_of
 from benchmarks.standings import Row, Standings, standings
 from safeopt.files import write_whole
@@ -50,7 +50,7 @@ def markdown(found: Standings) -> str:
         f"|---|---|---|---|---|---|---|---|{'---|' * separated}",
         f"| start | | | {start.alignment_loss:.3f} | {start.task_loss:.3f} "
         f"| {start.refusal_rate:.0%} | {start.over_refusal_rate:.0%} "
-        f"|{_separation(start.separation)} |",
+        f"|{_separation_cell(start.separation, found.start_separation)} |",
     ]
     for row in found.rows:
         name = f"**{row.method}**" if row.ours else row.method
@@ -58,7 +58,7 @@ def markdown(found: Standings) -> str:
         lines.append(
             f"| {name} | {removed(row)}{note} | {own(row)} | {row.alignment:.3f} | {row.task:.3f} "
             f"| {row.refusal:.0%} | {row.over_refusal:.0%} "
-            f"|{_separation(row.separation)} {row.share:.1%} |"
+            f"|{_separation_cell(row.separation, row.separation_interval)} {row.share:.1%} |"
         )
     seeds, prompts = len(found.config.seeds), found.config.evaluation.alignment_prompts
     lines += [
@@ -71,7 +71,9 @@ def markdown(found: Standings) -> str:
         "many of its draws the method reaches that task loss, and the interval is of these. Every "
         "method was tuned on other prompts."
         + " Separation: in this share of the pairs of a harmful and a harmless prompt a refusal of "
-        "the harmful one is the likelier." * separated,
+        "the harmful one is the likelier."
+        * separated
+        + " Its 95% intervals are of the same bootstrap." * (found.start_separation is not None),
         "",
     ]
     return "\n".join(lines)
@@ -100,9 +102,17 @@ def own(row: Row) -> str:
     return _interval(row.matched.own) if row.matched.own else "nothing rose"
 
 
-def _separation(value: float | None) -> str:
+def separation_text(value: float | None, interval: Interval | None) -> str:
+    """The separation, with its interval where the prompts' scores are known."""
+    if value is None:
+        return "–"
+    width = "" if interval is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
+    return f"{value:.3f}{width}"
+
+
+def _separation_cell(value: float | None, interval: Interval | None) -> str:
     """A cell of the Markdown table; no cell without the figure."""
-    return "" if value is None else f" {value:.3f} |"
+    return "" if value is None else f" {separation_text(value, interval)} |"
 
 
 def _interval(share: Interval) -> str:
@@ -122,19 +132,19 @@ def _terminal(found: Standings, *, narrow: bool) -> Table:
     # In 80 characters names and intervals are folded, numbers are not.
     for name in ("rise removed", "own task loss"):
         table.add_column(name, justify="right", width=9 if narrow else None)
-    separated = found.test.start is not None and found.test.start.separation is not None
-    for name in (
-        "align.\nloss", "task\nloss", "refuses", "over-\nrefuses",
-        *["sepa-\nration"] * separated, "safety",
-    ):  # fmt: skip
+    for name in ("align.\nloss", "task\nloss", "refuses", "over-\nrefuses"):
         table.add_column(name, justify="right", no_wrap=True)
+    separated = found.test.start is not None and found.test.start.separation is not None
+    if separated:
+        table.add_column("sepa-\nration", justify="right", width=7 if narrow else None)
+    table.add_column("safety", justify="right", no_wrap=True)
     for number, row in enumerate(found.rows, start=1):
         table.add_row(
             str(number), row.method.replace("_", " "),
             f"{removed(row)}\n{reached(row)}".strip(), own(row),
             f"{row.alignment:.3f}", f"{row.task:.3f}",
             f"{row.refusal:.0%}", f"{row.over_refusal:.0%}",
-            *["–" if row.separation is None else f"{row.separation:.3f}"] * separated,
+            *[separation_text(row.separation, row.separation_interval)] * separated,
             f"{row.share:.1%}",
             style="bold" if row.ours else "",
         )  # fmt: skip
@@ -164,6 +174,7 @@ def _html(found: Standings) -> str:
             removed=removed,
             reached=reached,
             own=own,
+            separation_text=separation_text,
             baseline=BASELINE,
             metric=metric_of(found.config.task.name)[0],
             frontier=_frontier(found),
@@ -173,7 +184,7 @@ def _html(found: Standings) -> str:
 
 
 def _frontier(found: Standings) -> dict[str, Any]:
-    """The drawing of alignment loss against task loss: every method's points, and the start."""
+    """The drawing of alignment loss against task loss: every method's points and frontier."""
     width, height, left, bottom = FRONTIER
     points = [point for row in found.rows for point in row.points]
     # The start's task loss is far away; what is compared is where methods end.
@@ -199,7 +210,7 @@ def _frontier(found: Standings) -> dict[str, Any]:
                 "x": x(row.task),
                 "y": y(row.alignment),
                 "others": [(x(point.task), y(point.alignment)) for point in row.points[1:]],
-                "line": path([(x(p.task), y(p.alignment)) for p in sorted(row.points)]),
+                "line": path([(x(p.task), y(p.alignment)) for p in nondominated(row.points)]),
             }
             for number, row in drawn
         ],

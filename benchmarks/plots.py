@@ -17,6 +17,7 @@ from benchmarks.records import Point, Record, Result
 # left out, it is too light for lines. Markers repeat the difference.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+INK = "#222222"  # of names: half of the colors are too light to be read as text
 SIZE = (5.6, 4.0)
 STYLE = {
     "font.size": 11,
@@ -74,7 +75,7 @@ def _plot(result: Result, x: Coordinate, y: Coordinate, x_name: str, y_name: str
         for record in records:
             _line(axes, record, x, y, color, marker)
         last = [record.curve[-1] for record in records]
-        ends.append((_mean(x, last), _mean(y, last), method, color))
+        ends.append((_mean(x, last), _mean(y, last), method, (color, marker)))
     start = result.records[0].curve[0]
     axes.plot(x(start), y(start), "o", color="#444444", markersize=7, zorder=5)
     axes.annotate(
@@ -120,10 +121,11 @@ def _line(
     axes.plot(x(points[-1]), y(points[-1]), marker, color=color, markersize=8)
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, tuple[str, str]]]) -> None:
     """Write each method's name beside its line's end, moved apart where two would overlap.
 
-    The names stand in a column right of the axes, in the order of the ends' heights.
+    The names stand in a column right of the axes, in the order of the ends' heights, each behind
+    its method's mark.
     """
     low, high = axes.get_ylim()
     apart = 0.075 * (high - low)
@@ -131,23 +133,19 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
     for _, height, _, _ in sorted(ends, key=lambda end: end[1]):
         heights.append(max(height, heights[-1] + apart) if heights else max(height, low))
     excess = max(0.0, heights[-1] - high) if heights else 0.0
-    right = axes.get_xlim()[1]
-    for (x, y, method, color), height in zip(
+    left, right = axes.get_xlim()
+    mark = right + 0.04 * (right - left)
+    for (x, y, method, (color, marker)), height in zip(
         sorted(ends, key=lambda end: end[1]), heights, strict=True
     ):
+        place = height - excess
+        axes.plot([x, mark], [y, place], color=color, alpha=0.5, linewidth=0.8, clip_on=False)
+        axes.plot(mark, place, marker, color=color, markersize=6, clip_on=False)
         axes.annotate(
-            method.replace("_", " "),
-            (x, y),
-            xytext=(right + 0.02 * (right - axes.get_xlim()[0]), height - excess),
-            color=color,
-            va="center",
-            annotation_clip=False,
-            # From the name's left edge: a line from its middle would cross the other names.
-            arrowprops={
-                "arrowstyle": "-", "color": color, "alpha": 0.35, "linewidth": 0.8,
-                "relpos": (0, 0.5),
-            },
+            method.replace("_", " "), (mark, place), xytext=(8, 0), textcoords="offset points",
+            color=INK, va="center", annotation_clip=False,
         )  # fmt: skip
+    axes.set(xlim=(left, right), ylim=(low, high))  # the marks outside would widen them
 
 
 def _mean(of: Coordinate, points: Sequence[Point]) -> float:

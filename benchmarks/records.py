@@ -76,6 +76,18 @@ class Tokens(_Strict):
     safety_backward: int = 0
 
 
+class RefusalNLL(_Strict):
+    """Of each prompt, the refusal's negative log-likelihood in nats, summed over its tokens.
+
+    Attributes:
+        harmful: the prompts of the refusal rate, in their order.
+        harmless: the prompts of the over-refusal rate, likewise.
+    """
+
+    harmful: list[float]
+    harmless: list[float]
+
+
 class Record(_Strict):
     """One finished run: one method with one seed.
 
@@ -84,7 +96,10 @@ class Record(_Strict):
         harmless_kl: KL(π_θ₀ ‖ π_θ) in nats per token on the aligned model's answers to harmless
             prompts, if the config asks for it.
         task_metric: the task's metric, between 0 and 1, likewise; see `benchmarks.metrics`.
-        separation: area under the ROC curve between harmful and harmless prompts, likewise.
+        separation: area under the ROC curve between harmful and harmless prompts, likewise; see
+            `benchmarks.separation`.
+        refusal_nll: what the separation at the end is made of, if the config also asks for figures
+            per prompt; None in results of earlier versions. That of the start stands in `Start`.
         peak_bytes: peak resident memory of the whole process during the run, sampled every 50
             milliseconds; on a GPU, the peak of the memory that torch has allocated there.
     """
@@ -108,6 +123,7 @@ class Record(_Strict):
     harmless_kl: float | None = None
     task_metric: Span | None = None
     separation: Span | None = None
+    refusal_nll: RefusalNLL | None = None
 
 
 class Start(_Strict):
@@ -115,6 +131,7 @@ class Start(_Strict):
 
     Attributes:
         answers: token ids of its answers to the harmless prompts, if the divergence is measured.
+        refusal_nll: as in `Record`.
     """
 
     task_loss: float
@@ -125,6 +142,7 @@ class Start(_Strict):
     answers: list[list[int]] | None = None
     task_metric: float | None = None
     separation: float | None = None
+    refusal_nll: RefusalNLL | None = None
 
 
 class Failure(_Strict):

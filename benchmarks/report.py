@@ -63,25 +63,33 @@ def _method_table(result: Result, methods: list[Summary]) -> Table:
     first = result.records[0]
     table = _table(f"{first.model}, {first.task}, {first.steps} steps")
     table.add_column("method", overflow="fold")
+    separated = any(m.separation for m in methods)
     for name in (
-        "align.\nloss", "task\nloss", "refuses", "over-\nrefuses", "train\ns", "safety\ns", "share",
-        "at\n16k",
+        "align.\nloss", "task\nloss", "refuses", "over-\nrefuses", *["sepa-\nration"] * separated,
+        "train\ns", "safety\ns", "share", "at\n16k",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
-    start = methods[0]
-    table.add_row(
-        "start", f"{start.alignment[0]:.3f}", f"{start.task[0]:.3f}", f"{start.refusal[0]:.0%}",
-        f"{start.over_refusal[0]:.0%}", *[""] * 4, style="dim",
-    )  # fmt: skip
+
+    def measured(m: Summary, when: int) -> list[str]:
+        """The model's figures at the start (0) or the end (1)."""
+        separation = "–" if m.separation is None else f"{m.separation[when]:.3f}"
+        return [
+            f"{m.alignment[when]:.3f}", f"{m.task[when]:.3f}", f"{m.refusal[when]:.0%}",
+            f"{m.over_refusal[when]:.0%}", *[separation] * separated,
+        ]  # fmt: skip
+
+    table.add_row("start", *measured(methods[0], 0), *[""] * 4, style="dim")
     for m in methods:
         table.add_row(
-            m.method, f"{m.alignment[1]:.3f}", f"{m.task[1]:.3f}", f"{m.refusal[1]:.0%}",
-            f"{m.over_refusal[1]:.0%}", f"{m.training:.1f}", f"{m.safety:.1f}", f"{m.share:.1%}",
+            m.method, *measured(m, 1), f"{m.training:.1f}", f"{m.safety:.1f}", f"{m.share:.1%}",
             f"{m.share_large:.1%}",
         )  # fmt: skip
     table.caption = (
-        "refuses: harmful prompts; over-refuses: harmless ones that look harmful; share: of the "
-        "training time that goes into safety, here and at 16k tokens a step"
+        "refuses: harmful prompts; over-refuses: harmless ones that look harmful; "
+        + "separation: in this share of the pairs of both a refusal of the harmful one is the "
+        "likelier; "
+        * separated
+        + "share: of the training time that goes into safety, here and at 16k tokens a step"
     )
     table.caption_justify = "left"
     return table

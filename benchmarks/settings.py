@@ -116,7 +116,8 @@ class EvaluationConfig(Strict):
         new_tokens: length of an answer; a refusal shows in its first words.
         harmless_kl: measure KL(π_θ₀ ‖ π_θ) on the aligned model's answers to the harmless prompts.
         separation: measure how well the refusal's likelihood tells harmful from harmless prompts.
-        per_prompt: keep the alignment loss of each prompt, for intervals; a sweep always does.
+        per_prompt: keep what each prompt gives for the alignment loss and the separation, for
+            intervals; a sweep always does.
         metric_examples: held-out task examples that are answered for the task's metric; 0 for none.
         metric_tokens: length of such an answer.
     """

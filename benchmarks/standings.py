@@ -11,7 +11,8 @@ import numpy as np
 
 from benchmarks.config import BASELINE, ConfigError, MethodConfig, RunConfig, SweepConfig
 from benchmarks.frontier import Interval, Matched, Outcome, Samples, matched
-from benchmarks.records import FILE, Record, Result, read_result
+from benchmarks.records import FILE, Record, RefusalNLL, Result, read_result
+from benchmarks.separation import interval
 from benchmarks.sweep import CONFIG, LONG, TEST, VAL
 
 
@@ -27,6 +28,8 @@ class Row:
         points: its published points, the choice first.
         grid: what its grid points reached on val.
         curves: of the choice: steps and alignment losses for each seed.
+        separation: between harmful and harmless prompts, if the config asks for it.
+        separation_interval: of it; None too where a record lacks the prompts' scores.
         passes: forward passes of the task, forward and backward passes for safety.
         long_rise: of the alignment loss in the long run; None without a whole one of the choice.
         long_task: task loss there.
@@ -46,6 +49,7 @@ class Row:
     harmless_kl: float | None
     task_metric: float | None
     separation: float | None
+    separation_interval: Interval | None
     seconds: float
     share: float
     passes: tuple[float, float, float]
@@ -68,6 +72,7 @@ class Standings:
             what they remove at their own.
         test: the result on test.
         target: the task loss T* at which methods are compared.
+        start_separation: the interval of the start's separation, as a row's.
         failures: runs that crashed and methods without a row, in words.
     """
 
@@ -76,6 +81,7 @@ class Standings:
     config: RunConfig
     target: float
     tolerance: float
+    start_separation: Interval | None
     failures: tuple[str, ...]
 
 
@@ -134,7 +140,13 @@ def standings(folder: Path) -> Standings:
     ]
     base_task = float(samples[BASELINE][0].task.mean())
     return Standings(
-        tuple(rows), test, config, base_task * (1 + tolerance), tolerance, tuple(failures)
+        rows=tuple(rows),
+        test=test,
+        config=config,
+        target=base_task * (1 + tolerance),
+        tolerance=tolerance,
+        start_separation=_separation_interval([test.start.refusal_nll]),
+        failures=tuple(failures),
     )
 
 
@@ -154,7 +166,9 @@ def _complete(
     """
     groups: dict[str, list[tuple[MethodConfig, list[Record]]]] = {}
     for method in config.methods:
-        records = [record for record in result.records if record.method == method.key]
+        # In the seeds' order, on which the pairing rests: an interrupted sweep has another one.
+        found = [result.find(method.key, seed) for seed in config.seeds]
+        records = [record for record in found if record is not None]
         groups.setdefault(method.family, []).append((method, records))
     seeds = len(config.seeds)
     return {
@@ -180,6 +194,12 @@ def _samples(records: Sequence[Record]) -> Samples:
         task=np.array([end.task_loss for end in ends]),
         alignment=np.array([end.prompts for end in ends], dtype=np.float64),
     )
+
+
+def _separation_interval(runs: Sequence[RefusalNLL | None]) -> Interval | None:
+    """Of the runs of all seeds; None if one is of a version that did not keep the scores."""
+    known = [scores for scores in runs if scores is not None]
+    return interval(known) if len(known) == len(runs) else None
 
 
 def _row(
@@ -227,6 +247,7 @@ def _row(
         harmless_kl=measured(lambda r: r.harmless_kl),
         task_metric=measured(lambda r: r.task_metric and r.task_metric.end),
         separation=measured(lambda r: r.separation and r.separation.end),
+        separation_interval=_separation_interval([record.refusal_nll for record in records]),
         seconds=training,
         share=mean(lambda r: r.seconds.safety) / training if training > 0 else 0.0,
         passes=(

@@ -16,6 +16,7 @@ from benchmarks.config import (
     BASELINE,
     CONFIGS,
     ConfigError,
+    EvaluationConfig,
     MethodConfig,
     RunConfig,
     SweepConfig,
@@ -23,6 +24,7 @@ from benchmarks.config import (
 )
 from benchmarks.methods import method_class
 from benchmarks.records import FILE, Record, Result, Start, read_result
+from benchmarks.separation import separation
 from benchmarks.sweep import LONG, TEST, VAL, choose
 
 # What a submission shares with the config that it answers. Threads and methods are its own.
@@ -198,6 +200,8 @@ def _record_problems(record: Record, config: RunConfig, start: Start) -> Iterato
         count = rate * prompts_asked
         if not (0 <= rate <= 1 and math.isclose(count, round(count), abs_tol=1e-6)):
             yield f"{name}: {rate} is no share of {prompts_asked} prompts"
+    if asked.separation and asked.per_prompt:
+        yield from _separation_problems(record, start, asked)
     if config.evaluation.per_prompt and first.prompts != start.prompts:
         yield "curve's first prompts' losses: not those of the start"
     if record.passes.safety_forward > 0 and not record.seconds.safety > 0:
@@ -206,6 +210,23 @@ def _record_problems(record: Record, config: RunConfig, start: Start) -> Iterato
         yield "tokens.task: fewer tokens than passes"
     if (record.passes.safety_forward > 0) != (record.tokens.safety_forward > 0):
         yield "passes.safety_forward and tokens.safety_forward: one of them is zero"
+
+
+def _separation_problems(record: Record, start: Start, asked: EvaluationConfig) -> Iterator[str]:
+    """Whether the separations are what the prompts' scores give."""
+    prompts = (asked.refusal_prompts, asked.over_refusal_prompts)
+    span = record.separation
+    if span is None or span.start != start.separation:
+        yield "separation.start: not that of the start"
+        return
+    for name, value, scores in (
+        ("start", span.start, start.refusal_nll),
+        ("end", span.end, record.refusal_nll),
+    ):
+        if scores is None or (len(scores.harmful), len(scores.harmless)) != prompts:
+            yield f"refusal_nll at the {name}: not of {prompts[0]} and {prompts[1]} prompts"
+        elif not math.isclose(value, found := separation(scores), rel_tol=CLOSE):
+            yield f"separation.{name}: {value}, but the prompts' scores give {found}"
 
 
 def _choice_problems(stages: Mapping[str, Result], published: SweepConfig) -> Iterator[str]:

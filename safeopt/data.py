@@ -160,7 +160,7 @@ def encode(
 
 
 def encode_all(
-    tokenizer: Any, examples: Sequence[ChatExample], max_length: int
+    tokenizer: Any, examples: Sequence[ChatExample], max_length: int | None
 ) -> list[dict[str, list[int]]]:
     """Those of the conversations of which some of the response fits, see `encode`."""
     rows = [encode(tokenizer, example, max_length) for example in examples]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeopt.rows import exact_products
+
 # Inputs this close, relative to their length, are one: rounding in a forward pass is as large.
 _SAME = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-9, torch.float16: 1e-9}
 
@@ -73,8 +75,10 @@ class Factors:
             return self
         x = self.right.to(torch.float64 if self.right.dtype == torch.float64 else torch.float32)
         generator = torch.Generator().manual_seed(0)
-        # Rows that agree have neighbouring projections on any one vector.
-        order = (x @ torch.randn(x.shape[1], generator=generator, device="cpu").to(x)).argsort()
+        # Rows that agree have neighbouring projections on any one vector, but for coarse rounding.
+        vector = torch.randn(x.shape[1], generator=generator, device="cpu").to(x)
+        with exact_products(x.device):
+            order = (x @ vector).argsort()
         ordered = x[order]
         gaps = (ordered[1:] - ordered[:-1]).norm(dim=1)
         new = gaps > _SAME[self.right.dtype] * ordered[1:].norm(dim=1)

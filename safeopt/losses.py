@@ -5,13 +5,14 @@ Every loss maps ``(model, batch)`` to one value per example, shape ``(m,)`` and 
 ``input_ids``, ``attention_mask`` and ``labels``, all ``(m, T)`` and long, padded on the left, with
 ``labels`` equal to ``IGNORE`` outside the refusal tokens. Left padding lines the refusals up at the
 end of the rows, so the logits, the most expensive activation of a small model, are computed there
-only. A model that `reads_padding` must be given rows of one length, as `SafetyProbe` does.
+only. A model that `reads_padding` is refused rows with padding: `SafetyProbe` and the operators of
+`safeopt.curvature.operators` give it rows of one length.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 IGNORE = -100
 Batch = Mapping[str, Tensor]
+# Models that take no positions and yet are exact behind padding on the left: Mamba's layers set to
+# zero what the mask leaves out, ALiBi sees distances only.
+_EXACT = frozenset({"bloom", "falcon_mamba", "mamba", "mamba2", "mpt"})
 
 
 class AlignmentLoss(Protocol):
@@ -38,6 +42,9 @@ def refusal_nll(model: nn.Module, batch: Batch) -> Tensor:
 
     Returns:
         Shape ``(m,)``, in nats per token.
+
+    Raises:
+        ValueError: if no label counts, or there is padding and the model `reads_padding`.
     """
     log_probs, targets = response_log_probs(model, batch)
     mask = targets != IGNORE
@@ -117,7 +124,7 @@ class ReferenceKL:
 
         Raises:
             KeyError: if an example was not given to `cache` before.
-            ValueError: if it was, with another number of labelled tokens.
+            ValueError: if it was, with another number of labelled tokens; see also `refusal_nll`.
         """
         log_probs, targets = response_log_probs(model, batch)
         losses = []
@@ -166,6 +173,9 @@ def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         ``(log_probs, targets)`` of shapes ``(m, L, V)`` and ``(m, L)``, where L is the longest
         response of the batch; ``targets`` is ``IGNORE`` where a row has no response token.
+
+    Raises:
+        ValueError: see `refusal_nll`.
     """
     labels = batch["labels"]
     length = labels.shape[1]
@@ -177,6 +187,13 @@ def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     accepted = forward_arguments(model)
     mask = batch.get("attention_mask")
+    if mask is not None and reads_padding(model) and not bool(mask.all()):
+        lengths = mask.sum(-1)
+        raise ValueError(
+            f"attention_mask: rows of {int(lengths.min())} to {int(lengths.max())} tokens in "
+            f"{length}, and {type(model).__name__} may take padding for tokens; give it rows of "
+            "one length, without padding, as SafetyProbe does"
+        )
     if mask is not None and "position_ids" not in inputs and takes_positions(model):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if "use_cache" in accepted:
@@ -217,21 +234,47 @@ def takes_positions(model: nn.Module) -> bool:
     """
     return "position_ids" in forward_arguments(model) and not any(
         name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        for name, module in model.named_modules()
+        for name, module in _outside_layers(model)
     )
 
 
 def reads_padding(model: nn.Module) -> bool:
-    """Whether a model may give a row other outputs behind padding than alone.
+    """Whether a model may give a row other outputs behind padding on the left than alone.
 
     One that takes positions does not, but for RecurrentGemma, whose convolutions know no mask. Of
-    the others some count padding as positions (BART's decoder) or read it (RWKV), some do not
-    (Mamba, BLOOM): that cannot be seen from outside. A model without a config is the caller's own,
-    and is to leave padding out by ``attention_mask``.
+    the others some count padding as positions (BART's decoder) or read it (RWKV), some do not: that
+    cannot be seen from outside, so those that were compared are known by name (Mamba, BLOOM, MPT).
+    A model without a config is the caller's own, and is to leave padding out by ``attention_mask``.
     """
     config = getattr(model, "config", None)
-    recurrent = "recurrent" in (getattr(config, "block_types", None) or ())
-    return config is not None and (recurrent or not takes_positions(model))
+    if config is None or getattr(config, "model_type", None) in _EXACT:
+        return False
+    return "recurrent" in (getattr(config, "block_types", None) or ()) or not takes_positions(model)
+
+
+def trimmed(batch: Batch) -> Batch:
+    """A batch without the columns that are padding in all rows, such as a part of a larger batch.
+
+    The models see less of it: some of transformers 4.51 (Bamba) read it where a row is alone.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    columns = mask.bool().any(0)
+    if bool(columns.all()) or not bool(columns.any()):
+        return batch
+    return {name: x[:, columns] if x.shape == mask.shape else x for name, x in batch.items()}
+
+
+def _outside_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside of a model by their own names, without its stacks of layers.
+
+    These hold nearly all of them: thousands, which are not to be looked through at every pass.
+    """
+    for name, child in module.named_children():
+        yield name, child
+        if not isinstance(child, nn.ModuleList):
+            yield from _outside_layers(child)
 
 
 def _keys(batch: Batch) -> Sequence[tuple[int, ...]]:

@@ -12,12 +12,15 @@ import torch
 _LONGEST = 200  # characters of an error: PEFT names every weight that is missing
 
 
-def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_causal_lm(
+    name_or_path: str, dtype: torch.dtype = torch.float32, *, argument: str = "model"
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
         name_or_path: a local folder, a hub name, or a ``.gguf`` file, which is dequantised.
         dtype: of the parameters.
+        argument: what gave the name, for errors.
 
     Returns:
         The model, in evaluation mode on the CPU, and the tokenizer. It pads with its end token
@@ -32,15 +35,15 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name_or_path)
+    path, given = Path(name_or_path), f"{argument}={name_or_path}"
     where: dict[str, Any] = {}
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"model={name_or_path}: there is no such file")
+            raise FileNotFoundError(f"{given}: there is no such file")
         where = {"gguf_file": path.name}
     if (path / "adapter_config.json").is_file():
         raise ValueError(
-            f"model={name_or_path}: this folder holds an adapter; merge it into its base model "
+            f"{given}: this folder holds an adapter; merge it into its base model "
             "(peft: merge_and_unload) and give the merged model"
         )
     source = str(path.parent) if where else name_or_path
@@ -62,11 +65,11 @@ def load_causal_lm(name_or_path: str, dtype: torch.dtype = torch.float32) -> tup
         _check_shapes(found["mismatched_keys"])
         _check_complete(model, set(found["missing_keys"]))
     except SafetensorError as error:
-        raise damaged_weights(f"model={name_or_path}", error) from error
+        raise damaged_weights(given, error) from error
     except Exception as error:  # a configuration that is wrong can end in any of them
         raise ValueError(
-            f"model={name_or_path}: expected the folder, the hub name or the .gguf file of a "
-            f"causal language model ({cause_of(error)})"
+            f"{given}: expected the folder, the hub name or the .gguf file of a causal language "
+            f"model ({cause_of(error)})"
         ) from error
     if where:
         _forget_quantisation(model)

@@ -16,7 +16,7 @@ import torch
 from distributed_runs import EVERY, RANK, ROWS, STEPS, in_turn, rank, ranks, task_loss, whole
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 
-from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, safeguard
+from safeopt import ProjectedAdamW, RefreshPolicy, SafetyConfig, SafetyProbe, safeguard
 
 RATE = 1e-2
 MIDDLE = 9
@@ -52,8 +52,15 @@ def groups_of(model: Any, partly: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def options() -> dict[str, Any]:
-    return {"rank": RANK, "refresh": RefreshPolicy.fixed(EVERY)}
+def options(lora: bool = False) -> dict[str, Any]:
+    # A short window with adapters: of examples that stand in it twice rounding decides which
+    # direction is kept.
+    return {
+        "rank": RANK,
+        "window": 14 if lora else SafetyConfig.window,
+        "refresh": RefreshPolicy.fixed(EVERY),
+        "elastic": 0.0 if lora else 0.5,
+    }
 
 
 def engine_of(model: Any, stage: int, partly: bool = False, **config: Any) -> Any:
@@ -81,7 +88,7 @@ def started(
 
     model, probe = model_and_probe(lora)
     engine = engine_of(model, stage, partly, bf16={"enabled": half})
-    return engine, protect(engine, probe, **options(), **more)
+    return engine, protect(engine, probe, **options(lora), **more)
 
 
 def train(engine: Any, first: int, last: int) -> None:
@@ -100,7 +107,7 @@ def run_one(lora: bool = False, partly: bool = False) -> dict[str, Any]:
     """The same in one process, without DeepSpeed."""
     model, probe = model_and_probe(lora)
     base = torch.optim.AdamW(groups_of(model, partly), lr=RATE)
-    optimizer = safeguard(base, probe, **options())
+    optimizer = safeguard(base, probe, **options(lora))
     for step in range(STEPS):
         task_loss(model, step).backward()
         optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from torch.optim import SGD, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM, safeguard
-from safeopt.distributed import Layout
+from safeopt.distributed import Layout, Range, set_master
+from safeopt.optim.transaction import whole_or_not_at_all
 
 EVERY = 6  # steps between two refreshes
 RANK = 32
@@ -143,7 +145,7 @@ def run_swapped() -> Any:
     model = tiny_llama(dtype=torch.float64)
     batches = [safety_batch(), safety_batch(seed=1)]
     probe = SafetyProbe(model, batches, held=[safety_batch(seed=2)])
-    optimizer = protected("ProjectedAdamW", model, probe)
+    optimizer = protected("ProjectedAdamW", model, probe, elastic=0.5)
     names = {p: name for name, p in model.named_parameters()}
     shard(model)
     sharded = dict(model.named_parameters())
@@ -330,6 +332,52 @@ def not_finite_on_one_rank() -> tuple[str, bool]:
     return message, all(
         torch.equal(whole(p), b) for p, b in zip(model.parameters(), before, strict=True)
     )
+
+
+class Masters:
+    """Copies of whole weights, which are brought back into them by all ranks together."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self.copies = [p.detach().flatten().clone() for p in params]
+        for p, copy in zip(params, self.copies, strict=True):
+            set_master(p, Master(p, copy, self.publish))
+
+    def publish(self) -> None:
+        dist.monitored_barrier(timeout=timedelta(seconds=5))
+        with torch.no_grad():
+            for p, copy in zip(self.params, self.copies, strict=True):
+                p.copy_(copy.view_as(p))
+
+
+class Master:
+    def __init__(self, p: Tensor, copy: Tensor, publish: Callable[[], None]) -> None:
+        self.range = Range(0, p.numel(), p.shape)
+        self.group = dist.group.WORLD
+        self.publish = publish
+        self._copy = copy
+
+    def values(self) -> Tensor:
+        return self._copy
+
+
+def failed_on_one_rank() -> tuple[str, bool]:
+    """A refresh that fails on the first rank alone, after all have moved the parameters."""
+    model, optimizer = start("one", dtype=torch.float32)
+    train(model, optimizer, 0, 1)
+    safety, params = optimizer.safety, trainable(model)
+    masters = Masters(params)
+    before = [p.detach().clone() for p in (*params, *masters.copies)]
+    safety.subspace.basis.layout = Layout.of(params)
+
+    def refresh() -> None:
+        with whole_or_not_at_all(safety, params) as before_move:
+            before_move()
+            safety.subspace.shift(params, torch.ones(safety.subspace.rank))
+            if rank() == 0:
+                raise RuntimeError("in the middle")
+
+    return failure(refresh), all(map(torch.equal, before, (*params, *masters.copies)))
 
 
 def failure(action: Callable[[], Any]) -> str:

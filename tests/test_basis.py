@@ -305,6 +305,27 @@ def test_examples_without_gradient_span_nothing(kind):
     assert gram(carried, 4, torch.float32)[1].rank == 4
 
 
+@kinds
+def test_autocast_rounds_nothing(kind):
+    """A step under autocast works with the 24 bits of float32: the same bits as without."""
+    model = model_of()
+    params, old, new = trainable(model), rows_of(model), rows_of(model, seed=1)
+
+    def everything():
+        _, before = first(kind, old, params, 4)
+        carried = before.window(before.coordinates_of(old), new)
+        values, basis = gram(carried, 6, torch.float32)
+        step = [torch.zeros_like(p) for p in params]
+        basis.expand_into(step, basis.coordinates(params))
+        return [values, basis.inner(basis), basis.coordinates_of(new), *step], basis.nbytes
+
+    expected, size = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, same = everything()
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert same == size
+
+
 def test_int8_takes_a_byte_a_number():
     model = model_of()
     _, basis = first("int8", rows_of(model), trainable(model))

@@ -139,12 +139,16 @@ def test_names_of_methods_from_elsewhere(tmp_path):
         "from benchmarks.methods.adamw import AdamW\nclass Mine(AdamW): pass\nclass Not: pass\n",
         encoding="utf-8",
     )
+    broken = tmp_path / "broken.py"
+    broken.write_text("class Mine: pass\nclass (:\n", encoding="utf-8")
     assert issubclass(method_class(f"{file}:Mine"), AdamW)
     for name, message in (
         ("magic", "known are adamw"),
         (f"{file}:Yours", "cannot be imported"),
         (f"{tmp_path}/absent.py:Mine", "cannot be imported"),
         (f"{file}:Not", "lacks Options, step"),
+        (f"{broken}:Mine", r"SyntaxError: .*broken\.py, line 2"),
+        (f"{broken}:Mine", r"SyntaxError: .*broken\.py, line 2"),  # no half of it is kept
     ):
         with pytest.raises(ValueError, match=message):
             method_class(name)

@@ -8,6 +8,8 @@ import pytest
 from benchmarks.config import ConfigError, MethodConfig, RunConfig, SweepConfig, TuningConfig
 from benchmarks.frontier import Outcome, Samples, at_task_loss, matched, nondominated
 from benchmarks.metrics import final_number, metric_of, rouge_l, similarity
+from benchmarks.records import RefusalNLL
+from benchmarks.separation import interval, separation
 from benchmarks.sweep import choose
 
 # --- frontier ---
@@ -107,6 +109,44 @@ def test_nothing_is_removed_where_nothing_rose_and_shapes_must_fit():
     assert matched(methods, "adamw", start, replicates=20)["adamw"].removed is None
     with pytest.raises(ValueError, match="seeds and prompts are paired"):
         matched({**methods, "ours": [samples(1.0, np.ones((1, 3)))]}, "adamw", start)
+
+
+# --- separation ---
+
+
+def scores(harmful, harmless) -> RefusalNLL:
+    return RefusalNLL(harmful=list(harmful), harmless=list(harmless))
+
+
+def test_the_interval_of_separation_is_that_of_hanley_and_mcneil():
+    """Their standard error of the area (1982), for one model and many prompts."""
+    rng = np.random.default_rng(0)
+    run = scores(rng.exponential(1, 300), rng.exponential(3, 200))
+    area = separation(run)
+    # Exponential scores are their exact case: the area is 3/(1 + 3).
+    assert area == pytest.approx(0.75, abs=0.05)
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    square = area * (1 - area) + 199 * (q1 - area**2) + 299 * (q2 - area**2)
+    half = 1.96 * (square / (200 * 300)) ** 0.5
+    found = interval([run], replicates=4000)
+    assert found.value == area
+    assert found.value - found.low == pytest.approx(half, rel=0.15)
+    assert found.high - found.value == pytest.approx(half, rel=0.15)
+
+
+def test_seeds_and_prompts_of_separation_are_drawn_alike_for_every_method():
+    rng = np.random.default_rng(1)
+    low, high = rng.normal(0, 1, (2, 30)), rng.normal(1, 1, (2, 20))
+    runs = [scores(a, b) for a, b in zip(low, high, strict=True)]
+    # Another scale, the same order: the same areas in every draw.
+    scaled = [scores(np.exp(a), np.exp(b)) for a, b in zip(low, high, strict=True)]
+    assert interval(runs) == interval(scaled)
+    both, alone = interval(runs), interval(runs[:1])
+    assert both.value == pytest.approx(np.mean([separation(run) for run in runs]))
+    assert both.high - both.low < alone.high - alone.low
+    perfect = interval([scores([0.1, 0.2], [1.0, 2.0])])
+    assert (perfect.value, perfect.low, perfect.high) == (1, 1, 1)
+    assert separation(scores([1.0, 2.0], [1.0, 2.0])) == 0.5
 
 
 # --- the choice on val ---

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +15,11 @@ from rich.console import Console
 from scipy.stats import mannwhitneyu
 
 from benchmarks.bench import Bench
-from benchmarks.config import RunConfig
-from benchmarks.jobs import Processes, RayCluster
+from benchmarks.config import ConfigError, RunConfig
+from benchmarks.jobs import Processes, RayCluster, _serve_parent, _started
 from benchmarks.records import read_result
 from benchmarks.run import run
+from benchmarks.separation import separation
 from benchmarks.tasks import refusal_row
 
 QUIET = Console(quiet=True)
@@ -98,8 +103,9 @@ def test_a_record_has_what_the_config_asks_for(here):
         assert sum(point.prompts) / 6 == pytest.approx(point.alignment_loss, rel=1e-4)
     assert record.harmless_kl > 0
     assert 0 <= record.task_metric.end <= 1
-    assert record.separation.start == here.start.separation
-    assert 0 <= record.separation.end <= 1
+    assert record.separation.start == here.start.separation == separation(here.start.refusal_nll)
+    assert record.separation.end == separation(record.refusal_nll)
+    assert (len(record.refusal_nll.harmful), len(record.refusal_nll.harmless)) == (4, 4)
     assert len(here.start.answers) == 4
 
 
@@ -123,7 +129,18 @@ def test_separation_is_the_area_under_the_roc_curve():
     assert bench.measure_start().separation == area
     # Prompts that cannot be told apart.
     bench.evaluator.material = replace(material, harmless=material.harmful)
-    assert bench.evaluator.separation(bench.model) == 0.5
+    assert separation(bench.evaluator.refusal_nll(bench.model)) == 0.5
+
+
+def test_prompts_scores_are_kept_for_intervals_only():
+    wanted = config([{"name": "adamw"}])
+    bench = Bench(wanted.model_copy(update={"evaluation": wanted.evaluation.model_copy(
+        update={"per_prompt": False}
+    )}))  # fmt: skip
+    start = bench.measure_start()
+    record = bench.run(bench.config.methods[0], 0, start, lambda *_: None, lambda _: None)
+    assert start.refusal_nll is record.refusal_nll is None
+    assert record.separation.start == start.separation is not None
 
 
 def test_processes_give_the_same_json_as_one_process(here, tmp_path: Path):
@@ -151,6 +168,49 @@ def test_a_crash_costs_one_run_and_is_tried_again(here, tmp_path: Path):
     again = run(wanted, tmp_path / "out", QUIET, Processes(2))
     assert [record.method for record in again.records] == ["Raises", "adamw"]
     assert [failure.method for failure in again.failures] == ["Dies", "Diverges"]
+
+
+def test_what_the_starting_point_lacks_is_told_as_in_one_process(tmp_path: Path):
+    fields = config([{"name": "adamw"}]).as_json()
+    fields["evaluation"]["refusal_prompts"] = 10_000
+    with pytest.raises(ConfigError, match="refusal_prompts=10000: there are only"):
+        run(RunConfig.model_validate(fields), tmp_path, QUIET, Processes(1))
+
+
+def _working(connection) -> None:
+    _serve_parent()
+    connection.send("at work")
+    time.sleep(3600)
+
+
+def _killed(connection) -> None:
+    """A parent that is killed while its child is at work."""
+    work, child = _started(_working)
+    assert work.recv() == "at work"
+    connection.send(child.pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_child_processes_end_with_their_parent():
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    parent = context.Process(target=_killed, args=(theirs,))
+    parent.start()
+    theirs.close()
+    child = ours.recv()
+    parent.join()
+    limit = time.monotonic() + 120
+    while _runs(child) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not _runs(child)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow

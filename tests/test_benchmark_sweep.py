@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from benchmarks.__main__ import app, console
 from benchmarks.ablation import ablation
 from benchmarks.charts import scale
 from benchmarks.config import ConfigError, RunConfig, SweepConfig
-from benchmarks.leaderboard import leaderboard, markdown
+from benchmarks.frontier import Outcome
+from benchmarks.leaderboard import _frontier, leaderboard, markdown
 from benchmarks.records import Failure, read_result, write_result
 from benchmarks.run import run
 from benchmarks.standings import standings
@@ -176,9 +178,55 @@ def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
     assert "| adamw | baseline |" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {10}
-    assert f"| {found.test.start.separation:.3f} | |" in table[2]
+    start = found.start_separation
+    assert start.value == found.test.start.separation
+    assert f"| {start.value:.3f} [{start.low:.3f}, {start.high:.3f}] | |" in table[2]
+    for row in found.rows:
+        assert row.separation_interval.value == pytest.approx(row.separation)
+        shown = f"[{row.separation_interval.low:.3f}, {row.separation_interval.high:.3f}]"
+        assert shown in page
+        assert shown in text
     pages = (folder / "leaderboard.md", folder / "leaderboard.html")
     assert_pages_survive(lambda: leaderboard(folder, QUIET), *pages)
+
+
+def test_results_from_before_the_prompts_scores_have_no_interval(folder: Path, tmp_path: Path):
+    whole = standings(folder)
+    path = tampered(folder, tmp_path / "some", "test", one_without_scores) / "test"
+    found = standings(path.parent)
+    assert sum(row.separation_interval is None for row in found.rows) == 1
+    assert found.start_separation is not None
+    older = standings(tampered(folder, tmp_path / "all", "test", without_scores))
+    assert older.start_separation is None
+    for row, other in zip(older.rows, whole.rows, strict=True):
+        assert (row.separation, row.separation_interval) == (other.separation, None)
+    text = markdown(older)
+    assert "Its 95% intervals" in markdown(whole)
+    assert "Its 95% intervals" not in text
+    assert f"| {older.test.start.separation:.3f} | |" in text
+    leaderboard(tmp_path / "all", QUIET)
+
+
+def test_the_records_order_is_of_no_consequence(folder: Path, tmp_path: Path):
+    """An interrupted sweep has them in the order in which they were finished."""
+
+    def backwards(result: dict) -> None:
+        first = result["records"][0]["method"]
+        mine = [r for r in result["records"] if r["method"] == first]
+        result["records"] = mine[::-1] + [r for r in result["records"] if r["method"] != first]
+
+    found = standings(tampered(folder, tmp_path / "out", "test", backwards))
+    assert found.rows == standings(folder).rows
+
+
+def test_a_line_joins_what_no_other_point_dominates(folder: Path):
+    found = standings(folder)
+    row = found.rows[0]
+    worse = Outcome(row.task + 0.1, row.alignment + 0.1)
+    drawn = _frontier(replace(found, rows=(replace(row, points=(row.points[0], worse)),)))
+    (method,) = drawn["methods"]
+    assert len(method["others"]) == 1
+    assert method["line"].count("L") == 0
 
 
 def test_the_terminal_tells_grid_points_apart(folder: Path, tmp_path: Path, monkeypatch):
@@ -362,6 +410,27 @@ def other_choice(result: dict) -> None:
                     record["method"] = entry["label"]
 
 
+def without_scores(result: dict) -> None:
+    """As written before they were kept."""
+    for holder in (result["start"], *result["records"]):
+        del holder["refusal_nll"]
+
+
+def one_without_scores(result: dict) -> None:
+    del result["records"][0]["refusal_nll"]
+
+
+def better_separation(result: dict) -> None:
+    for record in result["records"]:
+        record["separation"]["end"] = 0.99
+
+
+def easier_prompts(result: dict) -> None:
+    """Without one that is hard to tell apart."""
+    for record in result["records"]:
+        record["refusal_nll"]["harmless"].pop()
+
+
 def lucky_rate(result: dict) -> None:
     result["records"][0]["refusal_rate"]["end"] = 0.99
 
@@ -404,6 +473,9 @@ def free_of_charge(result: dict) -> None:
         (more_steps, "val", "val: config.steps"),
         (one_seed_less, "test", "seed 1: no record"),
         (other_choice, "test", "not what the runs on val choose"),
+        (better_separation, "test", "separation.end: 0.99, but the prompts' scores give"),
+        (easier_prompts, "test", "refusal_nll at the end: not of 4 and 4 prompts"),
+        (without_scores, "test", "refusal_nll at the start: not of 4 and 4 prompts"),
         (lucky_rate, "test", "is no share of 4 prompts"),
         (uncommitted, "test", "not committed"),
         (continued_uncommitted, "test", "not committed"),

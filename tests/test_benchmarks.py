@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from full_disk import assert_pages_survive
+from matplotlib.colors import to_rgb
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -21,8 +23,8 @@ from benchmarks.methods import Setup
 from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.replay import Replay, ReplayOptions
 from benchmarks.models import trainable
-from benchmarks.plots import look
-from benchmarks.records import Failure, Result, read_result, write_result
+from benchmarks.plots import COLORS, look, plots
+from benchmarks.records import Failure, Result, Span, read_result, write_result
 from benchmarks.report import report
 from benchmarks.run import alone, continued, run
 from benchmarks.tasks import batches, material, single_batches, task_loss
@@ -130,6 +132,29 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path, monke
     shown = capsys.readouterr().err
     assert "no finished run there" in shown
     assert "Traceback" not in shown
+
+
+def interrupted(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def terminated(*_) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(interrupted, 130), (terminated, 143)])
+def test_a_command_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, capsys, stop, code):
+    out = tmp_path / "out"
+    arguments = ["benchmarks", "run", str(CONFIGS / "demo-tiny.yaml"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr("benchmarks.run.run", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    assert "the same command goes on" in capsys.readouterr().err
+    assert list(out.iterdir()) == [], "the folder's lock is gone"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_point_s_name_is_told_whole(tmp_path, monkeypatch, capsys):
@@ -435,6 +460,36 @@ def test_many_methods_leave_the_names_of_the_figures(invented: Result, tmp_path:
     report(tmp_path, console)
     assert "refusals kept" in console.export_text()
     assert len({look(number) for number in range(49)}) == 49
+
+
+def test_separation_is_shown_where_it_was_measured(invented: Result, tmp_path: Path):
+    def shown() -> tuple[str, str]:
+        write_result(invented, tmp_path)
+        console = Console(record=True, width=80)
+        page = report(tmp_path, console).read_text(encoding="utf-8")
+        return console.export_text(), page
+
+    assert not any("sepa-" in text or ">separation<" in text for text in shown())
+    for record, end in zip(invented.records, (0.713, 0.901, 0.942), strict=True):
+        record.separation = Span(start=0.975, end=end)
+    for text in shown():
+        assert all(value in text for value in ("0.975", "0.713", "0.901", "0.942"))
+        assert "…" not in text
+
+
+def test_the_names_in_the_plots_are_dark_enough_to_be_read(invented: Result):
+    """A contrast of 4.5 to the white page (WCAG 2.2, 1.4.3)."""
+    (first, *_) = invented.records
+    invented.records = [first.model_copy(update={"method": f"m_{i}"}) for i in range(len(COLORS))]
+    for figure in plots(invented).values():
+        (axes,) = figure.axes
+        names = [text for text in axes.texts if text.get_text().startswith("m ")]
+        assert len(names) == len(COLORS)
+        for name in names:
+            light = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+                     for c in to_rgb(name.get_color())]  # fmt: skip
+            luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), light, strict=True))
+            assert 1.05 / (luminance + 0.05) >= 4.5
 
 
 def test_a_figure_that_falls_short_is_shown(invented: Result, tmp_path: Path):

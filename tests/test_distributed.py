@@ -13,12 +13,13 @@ pytestmark = pytest.mark.slow
 
 FLOAT32 = {"dtype": torch.float32}
 # What is trained in which layouts, by the number of ranks.
+PULLED = {"elastic": 0.5}
 CASES = {
     2: [
-        ("ddp", "ProjectedAdamW", {}),
+        ("ddp", "ProjectedAdamW", PULLED),
         ("ddp", "safeguard(SGD)", FLOAT32),
         ("ddp", "ProjectedAdamW", {"basis": "compressed"}),
-        ("fsdp", "ProjectedAdamW", {}),
+        ("fsdp", "ProjectedAdamW", PULLED),
         ("fsdp", "safeguard(SGD)", FLOAT32),
         ("fsdp", "ProjectedAdamW", {"curvature": "random"}),
     ],
@@ -30,11 +31,11 @@ CASES = {
         ("fsdp", "PreconditionedSGD", {}),
         ("fsdp", "SafetySAM", {"mode": "lookahead"}),
     ],
-    4: [("hsdp", "ProjectedAdamW", {})],
+    4: [("hsdp", "ProjectedAdamW", PULLED)],
 }
 # Checkpoints: optimizer, the step at which it is saved, options.
-SAVED = {"plain": ("ProjectedAdamW", 9, {}), "lora": ("SafetySAM", 9, {"lora": True})}
-REPLICATED = ("ProjectedAdamW", 15, {})
+SAVED = {"plain": ("ProjectedAdamW", 9, PULLED), "lora": ("SafetySAM", 9, {"lora": True})}
+REPLICATED = ("ProjectedAdamW", 15, PULLED)
 KINDS = [case[1:] for cases in CASES.values() for case in cases]
 KINDS += [(name, options) for name, _, options in SAVED.values()]
 # Everything else, by the number of ranks; 0 stands for one process without a group.
@@ -203,6 +204,13 @@ def test_an_overflow_on_one_rank_stops_all(results):
     for message, unchanged in results(2)["not finite"]:
         assert message.startswith("FloatingPointError: the task gradient is not finite")
         assert unchanged
+
+
+def test_an_error_of_one_rank_does_not_wait_for_the_others():
+    """Its own copies take its parameters back, and with masters the weights made of them."""
+    failed, well = run_ranks(2, work.failed_on_one_rank)
+    assert well == ("nothing", False)
+    assert failed == ("RuntimeError: in the middle", True)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from test_finetune import arguments, config, files  # the fixture `files` is sha
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+import safeopt
 from benchmarks import tiny
 from safeopt.cli.app import app
 from safeopt.finetuning.finished import load_finished
@@ -263,6 +264,50 @@ def test_a_chat_template_that_cannot_be_read_is_named(files, tmp_path):
             prepare(config(files, tmp_path / "out", chat_template=path))
 
 
+def test_a_chat_template_that_drops_the_messages_is_named(files, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("hello", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"chat template: .* response in {files / 'train.jsonl'}"):
+        prepare(config(files, tmp_path / "out", chat_template=template))
+
+
+@pytest.mark.parametrize("command", ["finetune", "diagnose", "profile", "repair"])
+def test_several_processes_are_refused(command, files, finished, tmp_path, monkeypatch):
+    """As torchrun starts them: all would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    inputs = [f"--{name}={files / name}" for name in ("model", "train.jsonl", "safety.jsonl")]
+    inputs = [given.replace(".jsonl=", "=") for given in inputs]
+    out = f"--out={tmp_path / 'out'}"
+    given = {
+        "finetune": [*inputs, out],
+        "diagnose": [*inputs, out],
+        "profile": [f"--run={finished}", out],
+        "repair": [*inputs, f"--reference={files / 'model'}", out],
+    }
+    done = CliRunner().invoke(app, [command, *given[command]])
+    assert done.exit_code == 2, done.output
+    assert "WORLD_SIZE=2: the safeopt command runs in one process" in done.output
+    assert "safeopt.integrations.trainer.protect" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_versions_are_those_that_ran(finished):
+    versions = json.loads((finished / "run.json").read_text(encoding="utf-8"))["versions"]
+    assert versions["safeopt"] == safeopt.__version__
+    assert versions["torch"] == torch.__version__
+
+
+def test_prompts_that_the_model_does_not_refuse_are_told(files, tmp_path):
+    mixed = tmp_path / "mixed.jsonl"
+    parts = [(files / f"{name}.jsonl").read_text() for name in ("safety", "harmless")]
+    mixed.write_text("\n".join(parts), encoding="utf-8")
+    chosen = ("--safety", str(mixed), "--max-steps", "1")
+    done = CliRunner().invoke(app, arguments(files, tmp_path / "out", *chosen))
+    assert done.exit_code == 0, done.output
+    assert "16 of 24 safety prompts are used" in done.output
+    assert "the model does not refuse the other safety prompts" in done.output
+
+
 def test_a_tokenizer_needs_no_padding_token(files, tmp_path):
     """Nor an end token that could take its place."""
     model = shutil.copytree(files / "model", tmp_path / "model")
@@ -328,6 +373,8 @@ def test_the_report_says_what_the_run_did_to_alignment(files, tmp_path):
         (("--learning-rate", "inf"), "learning_rate=inf"),
         (("--weight-decay", "inf"), "weight_decay=inf"),
         (("--seed", "-1"), "seed=-1"),
+        (("--full", "--lora-rank", "4"), "full, lora_rank=4: all parameters or an adapter"),
+        (("--full", "--lora-alpha", "8"), "full, lora_alpha=8: all parameters or an adapter"),
         (("--seed", str(2**32)), f"seed={2**32}"),
     ],
 )

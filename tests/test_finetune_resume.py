@@ -23,8 +23,13 @@ def test_a_finished_run_takes_no_further_step(steps, finished, files, tmp_path):
     """As it is resumed by a cluster that starts the same command again."""
     out = shutil.copytree(finished, tmp_path / "out")
     shutil.rmtree(out / "adapter")  # as if killed after the last checkpoint
-    again = run(prepare(config(files, out, resume=True, **SHORT | {"max_steps": steps})))
+    shown = []
+    again = run(
+        prepare(config(files, out, resume=True, **SHORT | {"max_steps": steps})), shown.append
+    )
     assert again.finished
+    last = [entry["loss"] for entry in again.report["log"] if "loss" in entry][-1]
+    assert [(x.step, x.max_steps, x.task_loss) for x in shown] == [(4, steps, last)]
     assert again.report["steps"] == 4
     assert not (out / "checkpoint-5").exists()
     before = json.loads((finished / "run.json").read_text(encoding="utf-8"))
@@ -51,6 +56,28 @@ def test_data_that_has_changed_is_not_resumed(name, files, tmp_path):
     assert contents(out) == before
 
 
+def test_a_model_of_the_same_last_name_is_another_one(finished, files, tmp_path):
+    """Hub names end alike, and folders too; one that was moved is the same model."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    copy = shutil.copytree(files / "model", tmp_path / "copy" / "model")
+    for other in (copy, "somebody/model"):
+        with pytest.raises(ValueError, match=f"was started with model={files / 'model'}, now it"):
+            prepare(config(files, out, resume=True, model=str(other), **SHORT))
+    path = out / "run.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    for was, same in (
+        (tmp_path / "gone" / "model", copy),  # moved
+        (copy, tmp_path / "copy" / ".." / "copy" / "model"),
+    ):
+        report["config"]["model"] = str(was)
+        path.write_text(json.dumps(report), encoding="utf-8")
+        prepare(config(files, out, resume=True, model=str(same), **SHORT))
+    report["config"]["model"] = "org-a/chat"
+    path.write_text(json.dumps(report), encoding="utf-8")
+    with pytest.raises(ValueError, match="model=org-a/chat, now it is org-b/chat"):
+        prepare(config(files, out, resume=True, model="org-b/chat", **SHORT))
+
+
 def test_a_checkpoint_that_does_not_load_changes_nothing(finished, files, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
     path = out / "checkpoint-4" / "optimizer.pt"
@@ -60,6 +87,9 @@ def test_a_checkpoint_that_does_not_load_changes_nothing(finished, files, tmp_pa
     before = contents(out)
     with pytest.raises(ValueError, match="version 1; this safeopt reads"):
         run(prepare(config(files, out, resume=True, max_steps=6)))
+    done = CliRunner().invoke(app, arguments(files, out, "--resume", "--save-steps", "2"))
+    assert done.exit_code == 2
+    assert "\nerror: " in done.output, "the progress before it ends its line"
     assert contents(out) == before
 
 

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
+from test_probe import ATTENTION, BART, of_family
 from tiny_models import randomise, safety_batch, single, tiny_gpt2, tiny_llama, with_lora
 from tolerances import GRADIENT, relative_error
 
 from safeopt import ReferenceKL, refusal_nll
-from safeopt.losses import forward_arguments, response_log_probs
+from safeopt.losses import (
+    _outside_layers,
+    forward_arguments,
+    response_log_probs,
+    takes_positions,
+    trimmed,
+)
 
 IGNORE = -100
 
@@ -111,6 +118,29 @@ def test_forward_arguments_behind_wrappers():
     assert forward_arguments(torch.nn.DataParallel(inner)) == expected
     assert forward_arguments(torch.compile(inner)) == expected
     assert forward_arguments(with_lora(inner)) == expected
+
+
+def test_models_that_read_padding_are_refused_it():
+    """BART's decoder counts padding as positions; rows of one length are as good as any."""
+    model, batch = of_family("Bart", d_model=16, pad_token_id=0, **BART), safety_batch()
+    for loss in (refusal_nll, ReferenceKL().cache):
+        with pytest.raises(ValueError, match="attention_mask: rows of 5 to 10 tokens in 10, and B"):
+            loss(model, batch)
+    kept = trimmed({name: x[:1] for name, x in batch.items()})
+    assert kept["attention_mask"].shape == (1, 5)
+    alone = refusal_nll(model, kept)
+    assert torch.equal(alone, refusal_nll(model, single(batch, 0)))
+    twice = {name: x.repeat(2, 1) for name, x in kept.items()}
+    assert relative_error(refusal_nll(model, twice), alone.repeat(2)) < GRADIENT[torch.float32]
+
+
+def test_positions_are_looked_for_outside_of_the_layers():
+    """A model has thousands of modules, and this is asked at every pass."""
+    sizes = {len(list(_outside_layers(tiny_llama(layers=n)))) for n in (1, 3)}
+    assert len(sizes) == 1
+    roberta = of_family("Roberta", is_decoder=True, pad_token_id=1, **ATTENTION)
+    assert takes_positions(tiny_llama())
+    assert not takes_positions(roberta)
 
 
 def test_reference_kl_is_zero_at_the_reference_with_zero_gradient():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from test_krylov import SOLVERS, flat, rounded_products, subspace_angle
+from test_per_example import TokensFirst, Toy, looped_rows
+from test_probe import BART, of_family
 from tiny_models import (
     safety_batch,
     single,
@@ -354,6 +356,51 @@ def test_examples_without_a_label_count_as_they_do_in_a_larger_batch(name, loss)
     batch["labels"][:] = -100
     with pytest.raises((ValueError, RuntimeError), match="labels: every entry is -100"):
         operator(MODEL, [batch], loss, params=some).matvec(vector)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["hessian", "ggn", "sampled", "fisher"])
+def test_models_that_read_padding_are_given_none(name, side):
+    """BART's decoder counts padding as positions: as if every example came alone."""
+    model = of_family("Bart", d_model=16, pad_token_id=0, **BART).double()
+    batch = safety_batch(side=side)
+    operators = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": FisherOperator}
+    options = {"labels": "sampled"} if name == "sampled" else {}
+    operator = operators.get(name, FisherOperator)
+    actual = operator(model, [batch], micro_batch_size=4, **options)
+    batches = []  # by their lengths, without padding: sampled labels are those of a pass
+    for rows in ((0,), (2,), (1, 3, 4)):
+        parts = [single(batch, row) for row in rows]
+        batches.append({key: torch.cat([part[key] for part in parts]) for key in batch})
+    expected = operator(model, batches, **options)
+    generator = torch.Generator().manual_seed(0)
+    vector = [torch.randn(p.shape, generator=generator).double() for p in actual.params]
+    a, b = (torch.cat([x.flatten() for x in o.matvec(vector)]) for o in (actual, expected))
+    assert relative_error(a, b) < GRADIENT[torch.float64]
+
+
+def test_a_part_of_a_batch_is_run_without_the_padding_of_the_others():
+    """Of transformers 4.51 some models, such as Bamba, read it where a row is alone."""
+    lengths = []
+    hook = MODEL.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with hook:
+        for name in ("hessian", "ggn", "fisher"):
+            operator = build(name, "nll", micro_batch_size=1)
+            lengths.clear()
+            list(operator._all_parts())
+            assert set(lengths) == {5, 10, 7}, name
+
+
+def test_a_square_batch_of_a_layer_with_tokens_first():
+    """Five examples of five tokens: the layer's rows are tokens, and the sum is right."""
+    model = Toy(TokensFirst()).double()
+    batch = safety_batch(prompts=(3,) * 5, responses=(2,) * 5)
+    operator = FisherOperator(model, [batch])
+    expected = torch.cat([x.flatten(1) for x in looped_rows(model, operator.params, batch)], dim=1)
+    assert relative_error(flat_rows(operator), expected / 5**0.5) < GRADIENT[torch.float64]
+    assert operator.counts.forward == (1 + 1) + (1 + 4)
 
 
 def flat_rows(fisher):

@@ -33,6 +33,7 @@ class Dense:
         self.trial, self.pool, self.config, self.policy = rota.trial, rota._pool, config, policy
         self.x, self.history, self.window = start.copy(), [], []
         self.steps = self.last = self.drawn = self.checked = 0
+        self.squares, self.travelled = np.zeros(len(start)), 0.0
 
     def losses(self, indices):
         d = self.x - self.start
@@ -44,6 +45,7 @@ class Dense:
 
     def begin(self):
         if not self.history:
+            self.origin = self.x.copy()
             trial = self.losses(self.trial)
             self.trial_reference = trial.mean()
             self.estimate(min(2, self.config["examples"]))
@@ -58,6 +60,7 @@ class Dense:
         d = self.x - self.start
         rows = self.directions[look]
         rows = rows + self.sharpness * (self.units[look] @ d)[:, None] * self.units[look]
+        self.squares = self.squares + (rows**2).sum(0)
         kept = max(0, min(self.config["window"] - count, len(self.window)))
         if kept:
             self.move_window(self.basis @ (self.basis.T @ (self.x - self.anchor)))
@@ -76,8 +79,15 @@ class Dense:
     def move_window(self, change):
         self.window = [(row, loss + row @ change) for row, loss in self.window]
 
-    def after(self, refreshes):
+    def pull(self, rate):
+        self.travelled += rate
+        relative = self.squares / self.squares[self.squares > 0].mean()
+        weight = self.config["elastic"] * rate / self.travelled * relative
+        self.x = self.origin + (self.x - self.origin) / (1 + weight)
+
+    def after(self, rate, refreshes):
         self.steps += 1
+        self.pull(rate)
         c = self.basis.T @ (self.x - self.anchor)
         mapped = self.map(c)
         self.x = self.x + self.basis @ (mapped - c)
@@ -158,6 +168,7 @@ def test_whatever_the_user_does(name, seed, monkeypatch):
         "rank": int(random.integers(1, 8)), "mode": str(random.choice(MODES)), "examples": most,
         "damping": random.uniform(0.3, 3), "budget": float(random.choice([0.01, 0.1])),
         "window": int(random.integers(most, 10)), "trial_examples": int(random.integers(1, 4)),
+        "elastic": float(random.choice([0, 0.5, 3])),
     }  # fmt: skip
     drift = [None, 0.02][random.integers(2)]
     policy = RefreshPolicy(int(random.integers(1, 4)), 1.5, int(random.integers(5, 20)), drift)
@@ -208,7 +219,7 @@ def test_whatever_the_user_does(name, seed, monkeypatch):
         plain.step()
         dense.x = torch.cat([p.detach().flatten() for p in twins]).numpy()
         if moves:
-            dense.after(not failed)
+            dense.after(rate, not failed)
 
     model, optimizer = start()
     dense = Dense(directions, sharpness, model.start.numpy(), optimizer.safety.rota, config, policy)

@@ -265,6 +265,7 @@ def of_family(name, **sizes):
 
 
 ATTENTION = {"num_attention_heads": 2, "intermediate_size": 32}
+MAMBA = {"state_size": 8, "time_step_rank": 4, "pad_token_id": 0}
 BART = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
 
 
@@ -279,13 +280,35 @@ BART = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32
 )
 def test_only_one_length_a_pass_where_padding_would_be_seen(name, sizes):
     """Three lengths; the expected numbers come from the model without mask or positions."""
-    model, batch = of_family(name, **sizes), safety_batch()
-    probe = SafetyProbe(model, [batch], loss="kl")
+    model = of_family(name, **sizes)
+    check_against_singles(model, passes=3)
+    probe = SafetyProbe(model, [safety_batch()], loss="kl")
     assert float(probe.values().abs().max()) < 1e-5
     assert probe.passes.forward == 3 + 3, "the reference is taken likewise"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Bloom", {"n_head": 2, "n_layer": 2, "pad_token_id": 0}),
+        ("Mpt", {"d_model": 16, "n_heads": 2, "n_layers": 2}),
+        ("Mamba", MAMBA),
+        ("FalconMamba", MAMBA),
+        ("Mamba2", {"state_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 1}),
+    ],
+    ids=["bloom", "mpt", "mamba", "falcon-mamba", "mamba2"],
+)
+def test_all_lengths_share_a_pass_where_padding_is_known_to_be_left_out(name, sizes):
+    """They take no positions, but see distances only, or zeros."""
+    check_against_singles(of_family(name, **sizes), passes=1)
+
+
+def check_against_singles(model, passes):
+    """Losses and gradients are those of the model without mask or positions, one by one."""
+    batch = safety_batch()
     probe = SafetyProbe(model, [batch])
     values = probe.values()
-    assert probe.passes.forward == 3
+    assert probe.passes.forward == passes
     params = trainable(model)
     rows = probe.per_example(params).rows
     for row in range(5):

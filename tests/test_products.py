@@ -98,6 +98,25 @@ def test_backends_agree_and_leave_no_trace(name, operator, kind):
     assert relative_error(actual, expected) < tolerance(kind)
 
 
+@pytest.mark.parametrize("products", ["double", "forward", "auto"])
+def test_kinks_do_not_speak_against_a_derivative(products):
+    """Differences go over them, whatever their step: two derivatives that agree are right."""
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(1e-6 * torch.eye(4))
+
+    def loss(model, x):
+        z = model(x)
+        return z.relu().sum(1) + 0.5 * z.square().sum(1)
+
+    operator = HessianOperator(model, [torch.eye(4)], loss, products=products)
+    vector = vector_for(operator)
+    finite = HessianOperator(model, [torch.eye(4)], loss, products="finite").matvec(vector)
+    assert relative_error(finite[0], vector[0] / 4) > 1
+    assert relative_error(operator.matvec(vector)[0], vector[0] / 4) < GRADIENT[torch.float32]
+    assert operator.chosen_products() == products.replace("auto", "double")
+
+
 def test_no_trace_after_an_error():
     model = tiny_llama().train()
     calls, last = [], []

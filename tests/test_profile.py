@@ -193,6 +193,21 @@ def test_a_run_is_profiled_from_its_folder(files, tmp_path, monkeypatch):
     wrong = CliRunner().invoke(app, ["profile", "--run", str(files)])
     assert wrong.exit_code == 2
     assert "there is no run.json" in wrong.output.replace("\n", "")
+    # Responses that the aligned model would not say: what they measure is no alignment.
+    data = ("--safety", str(files / "train.jsonl"), "--out", str(tmp_path / "other"))
+    wrong = CliRunner().invoke(app, ["profile", "--run", str(out), *data])
+    assert wrong.exit_code == 2
+    assert "are unlikely under the model" in wrong.output
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("name", "what"), [("none", "there is no such folder"), ("f", "a file")])
+def test_a_run_that_is_no_folder_is_named_as_that(name, what, tmp_path):
+    (tmp_path / "f").write_text("{}", encoding="utf-8")
+    wrong = CliRunner().invoke(app, ["profile", "--run", str(tmp_path / name)])
+    assert wrong.exit_code == 2
+    assert f"run={tmp_path / name}: " in wrong.output
+    assert what in wrong.output
 
 
 @pytest.mark.parametrize(("opening", "of"), [(4, ", first 4 of a refusal"), (None, "")])

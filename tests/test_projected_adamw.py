@@ -194,7 +194,7 @@ def test_the_coupling_follows_a_learning_rate_that_jumps(guarded):
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     probe = quadratic_probe(model, torch.stack(directions))
     if guarded:
-        optimizer = safeguard(sgd, probe, mode="none", **options)
+        optimizer = safeguard(sgd, probe, mode="none", elastic=0.0, **options)
     else:
         optimizer = SafetySAM(
             sgd, probe=probe, rho=1e-9, mode="two_pass", protection="none", **options

@@ -194,7 +194,7 @@ def test_a_model_that_has_lost_nothing_is_written_as_it_is(files, tmp_path, seed
     ("change", "words"),
     [
         (("--model", "no/such-model"), "model=no/such-model"),
-        (("--reference", "no/such-model"), "model=no/such-model"),
+        (("--reference", "no/such-model"), "reference=no/such-model"),
         (("--safety", "none.jsonl"), "none.jsonl: there is no such file"),
         (("--train", "none.jsonl"), "none.jsonl: there is no such file"),
         (("--harmless", "none.jsonl"), "none.jsonl: there is no such file"),
@@ -276,3 +276,25 @@ def test_a_failure_leaves_nothing_half_written(files, forgotten, tmp_path, monke
     assert done.exit_code == 2
     assert "no space left" in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_is_named_as_that(files, forgotten, tmp_path):
+    out = tmp_path / "out"
+    done = invoke(*arguments(files, forgotten[False], out), "--reference", str(tmp_path))
+    assert done.exit_code == 2
+    assert f"error: reference={tmp_path}: expected the folder" in done.output
+
+
+def test_responses_that_the_reference_would_not_say_are_refused(files, forgotten, tmp_path):
+    out = tmp_path / "out"
+    data = ("--safety", str(files / "train.jsonl"))
+    done = invoke(*arguments(files, forgotten[False], out), *data)
+    assert done.exit_code == 2, done.output
+    assert "are unlikely under the model" in done.output
+    assert not out.exists()
+
+
+def test_a_model_that_is_within_its_limit_is_said_to_be(files, tmp_path):
+    done = invoke(*arguments(files, files / "model", tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert "within its limit already: nothing was changed" in done.output

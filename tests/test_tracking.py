@@ -95,6 +95,24 @@ def test_a_space_of_zero_eigenvalues_does_not_stay():
     assert relative_residuals(matrix, tracker.pairs).max() < 1e-5
 
 
+def test_what_the_signs_of_one_test_hide_another_test_shows():
+    """Two directions that turn to the same one, which their sum or their difference leaves out."""
+    matrix = matrix_of(decaying())
+    pairs = exact(matrix)
+    one, other = (pairs.eigenvalues[:, None] * flat(pairs.basis))[:2]
+    outside = torch.linalg.eigh(matrix).eigenvectors[:, 0]
+    turn = 0.4 * torch.outer(outside, one - other)
+    turned_apart = Dense(matrix + turn + turn.T)
+    hidden = [seed for seed in range(20) if drift(turned_apart, pairs, seed=seed) < 1e-8]
+    assert hidden
+    tracker = EigenspaceTracker(RANK, seed=hidden[0])
+    tracker.update(Dense(matrix))
+    tracker.pairs = pairs
+    actions = [tracker.update(turned_apart)[0] for _ in range(5)]
+    assert actions[0] == "kept"
+    assert "updated" in actions
+
+
 def test_keeps_updates_or_starts_anew_by_the_drift():
     matrix = matrix_of(decaying())
     tracker = EigenspaceTracker(RANK, tolerance=1e-6)

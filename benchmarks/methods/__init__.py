@@ -85,8 +85,10 @@ def method_class(name: str) -> type[Method]:
             _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         )
         found = getattr(module, attribute)
-    except (ImportError, AttributeError, OSError) as error:
-        raise ValueError(f"this method cannot be imported ({error})") from error
+    except Exception as error:  # whatever a stranger's file raises
+        raise ValueError(
+            f"this method cannot be imported ({type(error).__name__}: {error})"
+        ) from error
     parts = ("Options", "step", "evaluating", "finish")
     if lacking := [part for part in parts if not hasattr(found, part)]:
         raise ValueError(f"this is no method of the benchmark: it lacks {', '.join(lacking)}")
@@ -102,7 +104,11 @@ def _from_file(path: Path) -> ModuleType:
         raise ImportError(f"{path}: no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:  # the next look would find a half of it
+        del sys.modules[name]
+        raise
     return module
 
 

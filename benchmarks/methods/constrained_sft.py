@@ -4,7 +4,10 @@ Qi et al. 2024, "Safety Alignment Should Be Made More Than Just a Few Tokens Dee
 2406.05946), section 4: the loss is −Σ_t (2/β_t)·log σ(β_t·log(π_θ/π_θ₀)), whose gradient is that of
 the usual loss at the aligned model and fades where a token has become likelier, the faster the
 larger β_t is. β is 0.5 for the first token, 2 for the next four and 0.1 for the others, as there.
-This implementation is ours (Apache-2.0). Nothing is simplified.
+This implementation is ours (Apache-2.0).
+
+Simplified: the learning rate is not warmed up. The authors warm it up, also for plain fine-tuning;
+no method of this benchmark does.
 """
 
 from __future__ import annotations

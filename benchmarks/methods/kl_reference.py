@@ -3,7 +3,9 @@
 The penalty of RLHF (Ouyang et al. 2022, arXiv 2203.02155), put on safety prompts. This
 implementation is ours (Apache-2.0).
 
-Simplified: the divergence is a lower bound from the 32 most likely tokens and one remainder class.
+Simplified: the divergence runs from the aligned model to the trained one, on the refusals of the
+safety examples; there it runs the other way, on what the trained model has sampled. It is a lower
+bound from the 32 most likely tokens and one remainder class.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ Fine-tuning Attack" (arXiv 2405.18641). This implementation is ours (Apache-2.0)
 algorithm.
 
 Simplified: the steps on safety data are added to the task's steps, so that the task sees the same
-batches as under every other method (the paper divides a fixed number of steps between both), and
-both states share one AdamW. The safety data is refusals only.
+batches as under every other method (the paper divides a fixed number of steps between both). The
+proximal term acts from the first step (the authors' code leaves it out of the first tenth). The
+safety data is refusals only.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Lisa(AdamW):
             self._safety_state()
 
     def finish(self) -> None:
-        if self.steps % self.options.task_steps:  # end on the safety data, as the paper does
+        if self.steps % self.options.task_steps:  # it would be measured at its worst
             self._safety_state()
 
     def _safety_state(self) -> None:

@@ -2,8 +2,11 @@
 
 Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving Generalization" (arXiv
 2010.01412); Kwon et al. 2021, "ASAM" (arXiv 2102.11600), whose perturbation is scaled by the
-parameters. Both look for flat minima of the task and know nothing of safety. Nothing is simplified.
-The second pass of each step is a task pass and is counted as such.
+parameters. Both look for flat minima of the task and know nothing of safety. The second pass of
+each step is a task pass and is counted as such.
+
+Simplified: as in the package, ASAM lacks the small constant that the paper adds to |θ|; what is
+zero, as an adapter's B at its start, is not perturbed. SAM is whole.
 """
 
 from __future__ import annotations

@@ -97,6 +97,8 @@ def _finetune(config: FinetuneConfig) -> None:
     )
     if learned < inputs.train_given:
         say(f"the prompts of the other training examples fill max_length={config.max_length}")
+    if used < asked:
+        say("the model does not refuse the other safety prompts")
     bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
     task = bar.add_task("", total=None)
     view = Live(bar.get_renderable(), console=console)
@@ -105,14 +107,16 @@ def _finetune(config: FinetuneConfig) -> None:
         bar.update(task, completed=progress.step, total=progress.max_steps)
         view.update(Group(bar.get_renderable(), Text(_description(progress))))
 
-    with view, _interruptible() as interrupted:
-        outcome = run(prepared, show, lambda: interrupted() != 0)
-    if not console.is_terminal:
-        console.print()  # the last view in a log has no line end
+    try:
+        with view, _interruptible() as interrupted:
+            outcome = run(prepared, show, lambda: interrupted() != 0)
+    finally:
+        if not console.is_terminal:
+            console.print()  # the last view in a log has no line end
     ends = outcome.report["alignment_loss"]
     say(
-        f"alignment loss {ends['start']:.3f} before, {ends['end']:.3f} after, of the first "
-        f"{outcome.report['opening']} tokens of each refusal"
+        f"alignment loss {ends['start']:.3f} before, {ends['end']:.3f} after: nats a token, of "
+        f"the first {outcome.report['opening']} tokens of each refusal"
     )
     if outcome.finished:
         say(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
@@ -138,7 +142,7 @@ def _description(progress: Any) -> str:
     if "coupling" in figures:
         parts.append(f"coupling {figures['coupling']:.3g}")
     if figures:
-        parts.append(f"safety cost {progress.safety_share:.0%}")
+        parts.append(f"safety cost {progress.safety_share:.0%} of the time")
     return " · ".join(parts)
 
 

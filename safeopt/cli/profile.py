@@ -27,6 +27,9 @@ def profile(
 ) -> None:
     """Compare a fine-tuned model with the aligned one: curvature, alignment loss, overlap."""
     with readable_errors(), quiet_libraries():
+        if not run.is_dir():
+            what = "it is a file" if run.exists() else "there is no such folder"
+            raise FileNotFoundError(f"run={run}: {what}; expected what `safeopt finetune` wrote")
         folder = out or run / "profile"
         check_folder(folder)
         found, result = _profile(run, safety, rank, examples)
@@ -40,7 +43,10 @@ def profile(
         for name, figure in profile_plots(result, found.report).items():
             figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
         loss, overlap = result["alignment_loss"], result["overlap"]
-        say(f"alignment loss {loss['before']:.4f} before, {loss['after']:.4f} after")
+        say(
+            f"alignment loss {loss['before']:.4f} before, {loss['after']:.4f} after: nats a token, "
+            "of whole refusals"
+        )
         say(
             f"{overlap['share']:.2%} of the weights' change lies in the safety subspace (matched "
             f"control {overlap['share_matched']:.2%}, random {overlap['share_random']:.2%})"

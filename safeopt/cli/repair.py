@@ -91,5 +91,7 @@ def show(report: RepairReport, to: Console) -> None:
         f"{seconds:.0f} s",
         highlight=False,
     )
+    if not report.steps:
+        to.print("the alignment loss is within its limit already: nothing was changed")
     if report.task_before is None:
         to.print("what it cost in task loss is not known: give --train", highlight=False)

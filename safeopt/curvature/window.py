@@ -75,10 +75,10 @@ class Window:
 
     def moved(self, c: Tensor) -> Window:
         """The examples as they are expected at θ_r + U·c: log-odds linear, losses not."""
-        before = _slopes(self.losses, self.tokens)
+        before = slopes(self.losses, self.tokens)
         odds = self.log_odds + before * (self.coefficients @ c)
         losses = _losses(odds, self.tokens)
-        turned = before / _slopes(losses, self.tokens)
+        turned = before / slopes(losses, self.tokens)
         return Window(self.coefficients * turned.unsqueeze(1), losses, self.tokens, self.targets)
 
     def losses_at(self, odds: float) -> Tensor:
@@ -109,7 +109,7 @@ class Window:
         """
         lost = self._missing(goal)
         lost = torch.where(self.safety, lost + lost.clamp(0, beyond), lost)
-        rows = (self._sign * _slopes(self.losses, self.tokens)).unsqueeze(1) * self.coefficients
+        rows = (self._sign * slopes(self.losses, self.tokens)).unsqueeze(1) * self.coefficients
         products = rows @ rows.T
         diagonal = products.diagonal()
         # An example without a gradient has nothing to give; one keeps the system regular.
@@ -139,8 +139,8 @@ def _losses(odds: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(tokens > 0, total / tokens.clamp(min=1), -odds)
 
 
-def _slopes(losses: Tensor, tokens: Tensor) -> Tensor:
-    """dz/d(mean token loss) = −T / (1 − exp(−L))."""
+def slopes(losses: Tensor, tokens: Tensor) -> Tensor:
+    """dz/d(mean token loss) = −T / (1 − exp(−L)) of the `log_odds`, of the same shape."""
     total = (losses * tokens).clamp(min=_CERTAIN)
     return torch.where(tokens > 0, tokens / torch.expm1(-total), -torch.ones_like(losses))
 

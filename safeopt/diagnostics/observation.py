@@ -63,6 +63,7 @@ class Observation:
             config = SafetyConfig(
                 mode="none",
                 restore_alignment=False,
+                elastic=0.0,
                 trial_examples=examples,
                 # Nothing is restored: fewer looks do than a protected run needs.
                 refresh=RefreshPolicy(first=4, growth=2.0),
@@ -172,7 +173,8 @@ class Observation:
     def _ratio(self, subspace: SafetySubspace, before: Sequence[Tensor]) -> float | None:
         """‖Uᵀu‖/‖u‖ of the base optimizer's step, from the step that is left of it.
 
-        A protected step is u with another part inside the subspace; outside they are equal.
+        A protected step is u with another part inside the subspace; outside they are equal but for
+        the pull to the aligned model, where there is one.
         """
         inside = self.geometry.update
         if inside is None:  # no step was protected since a protected optimizer was resumed

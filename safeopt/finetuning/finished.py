@@ -13,10 +13,11 @@ from safeopt.data import read_examples
 from safeopt.diagnostics.profile import Change, adapter_change, full_change
 from safeopt.finetuning.adapter import load_adapter
 from safeopt.finetuning.folders import RESULT
-from safeopt.finetuning.inputs import read_template
+from safeopt.finetuning.inputs import check_one_process, read_template
 from safeopt.finetuning.report import REPORT, read_report
 from safeopt.models import check_trainable, load_causal_lm
-from safeopt.safety_examples import as_batches, check_enough, with_refusals
+from safeopt.probe import SafetyProbe
+from safeopt.safety_examples import as_batches, check_enough, check_likely, with_refusals
 
 
 @dataclass
@@ -46,10 +47,11 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
 
     Raises:
         FileNotFoundError: if the folder holds no finished run, or a file is missing.
-        ValueError: if ``examples`` is below 2, a file is malformed, a model or adapter cannot be
-            loaded or has quantised weights, or the aligned model does not refuse at least two of
-            the prompts.
+        ValueError: if several processes were started, ``examples`` is below 2, a file is malformed,
+            a model or adapter cannot be loaded or has quantised weights, or the aligned model does
+            not refuse at least two of the prompts, or would not say their responses.
     """
+    check_one_process()
     path = run / REPORT
     if not path.is_file():
         raise FileNotFoundError(
@@ -66,7 +68,7 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
     prompts = read_examples(source, need_response=False)
     if examples < len(prompts):
         prompts = random.Random(config["seed"]).sample(prompts, examples)
-    model, tokenizer = load_causal_lm(config["model"])
+    model, tokenizer = load_causal_lm(config["model"], argument=f"run={run}, model")
     check_trainable(model, f"run={run}, model={config['model']}")
     if config["chat_template"] is not None:
         tokenizer.chat_template = read_template(Path(config["chat_template"]))
@@ -74,8 +76,9 @@ def load_finished(run: Path, safety: Path | None, examples: int) -> Finished:
     refusals = with_refusals(model.to(device), tokenizer, prompts, str(source))
     check_enough(len(refusals), 2, str(source))
     batches = as_batches(tokenizer, refusals)
+    check_likely(SafetyProbe(model, batches), str(source))
     if config["full"]:
-        change = full_change(model, load_causal_lm(str(folder))[0].to(device))
+        change = full_change(model, load_causal_lm(str(folder), argument="run")[0].to(device))
     else:
         change = adapter_change(load_adapter(model, str(folder), "run"))
     return Finished(report, folder, change, batches)

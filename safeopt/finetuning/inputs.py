@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,11 @@ class InputConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length}: expected at least 2 tokens")
+        for name in ("lora_rank", "lora_alpha"):
+            if self.full and getattr(self, name) != getattr(InputConfig, name):
+                raise ValueError(
+                    f"full, {name}={getattr(self, name)}: all parameters or an adapter, not both"
+                )
         check_seed(self.seed)
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,10 +122,11 @@ def load_inputs(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is malformed, the model has no chat template or cannot read an
-            example, all parameters of a quantised model are to be trained, or it does not refuse
-            the safety prompts, or too few of them.
+        ValueError: if several processes were started, a file is malformed, the model has no chat
+            template or cannot read an example, all parameters of a quantised model are to be
+            trained, or it does not refuse the safety prompts, or too few of them.
     """
+    check_one_process()
     from peft import get_peft_model
     from transformers import set_seed
 
@@ -139,6 +146,11 @@ def load_inputs(
         model = model.cuda()
     rows = encode_all(tokenizer, examples, config.max_length)
     if not rows:
+        if not encode_all(tokenizer, examples[:1], None):
+            raise ValueError(
+                f"chat template: it writes nothing of the first response in {config.train}; "
+                "expected one that writes every message"
+            )
         raise ValueError(
             f"max_length={config.max_length}: no response of {config.train} is left; raise it"
         )
@@ -196,6 +208,18 @@ def read_template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"chat_template={path}: not UTF-8 text ({error.reason})") from None
+
+
+def check_one_process() -> None:
+    """Raise a ValueError if this process is one of several, as of torchrun: each would write."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise ValueError(
+            f"WORLD_SIZE={size}: the safeopt command runs in one process, and each of these would "
+            "write the same files; start it without torchrun or accelerate launch. To train in "
+            "several processes, use Trainer and safeopt.integrations.trainer.protect "
+            "(docs/how-to/trainer.md)"
+        )
 
 
 def check_seed(seed: int) -> None:

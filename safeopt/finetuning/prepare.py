@@ -54,9 +54,10 @@ def prepare(config: FinetuneConfig) -> Prepared:
         FileExistsError: if ``out`` is a file, or holds a run and neither ``resume`` nor
             ``overwrite`` is set.
         PermissionError: if ``out`` must not be written to.
-        ValueError: if the model or a file of the data is where the run writes, a file is malformed
-            or a checkpoint damaged, the model has no chat template, or there is nothing to protect
-            since the model does not refuse the safety prompts, or too few of them.
+        ValueError: if several processes were started, the model or a file of the data is where the
+            run writes, a file is malformed or a checkpoint damaged, the model has no chat template,
+            or there is nothing to protect since the model does not refuse the safety prompts, or
+            too few of them.
     """
     check_folder(Path(config.out))
     _check_apart(config)
@@ -136,11 +137,7 @@ def _check_unchanged(config: FinetuneConfig, data: dict[str, str], report: Path)
     before, had = written["config"], written.get("data", {})  # new: earlier runs have none
     for name, value in config.as_dict().items():
         was = before.get(name, value)
-        # A folder may have moved; what lies in it has kept its name.
-        moved = (
-            isinstance(was, str) and isinstance(value, str) and Path(was).name == Path(value).name
-        )
-        if name not in _FREE_TO_CHANGE and value != was and not moved:
+        if name not in _FREE_TO_CHANGE and value != was and not _has_moved(name, was, value):
             raise ValueError(
                 f"resume: the run in {config.out} was started with {name}={was}, now it is "
                 f"{value}; give the same, or start again with --overwrite"
@@ -151,6 +148,21 @@ def _check_unchanged(config: FinetuneConfig, data: dict[str, str], report: Path)
                 f"resume: {name}={getattr(config, name)} has changed since the run in {config.out} "
                 "was started; give the file as it was, or start again with --overwrite"
             )
+
+
+def _has_moved(name: str, was: Any, value: Any) -> bool:
+    """Whether a path leads to what the earlier one led to, whose folder was moved or renamed.
+
+    What lies in it has kept its name. That says enough of a file of the data, whose hash is
+    compared, but not of a model: hub names end alike, and so do folders of different models.
+    """
+    if name not in _OWN or not (isinstance(was, str) and isinstance(value, str)):
+        return False
+    before, now = Path(was), Path(value)
+    if before.name != now.name:
+        return False
+    gone = not before.exists() or before.resolve() == now.resolve()
+    return name in _DATA or (now.exists() and gone)
 
 
 def _optimizer(model: Any, probe: SafetyProbe, config: FinetuneConfig) -> torch.optim.Optimizer:

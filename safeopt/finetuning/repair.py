@@ -15,12 +15,12 @@ from safeopt.data import encode_all, read_examples
 from safeopt.files import plain, write_json
 from safeopt.finetuning.adapter import load_adapter
 from safeopt.finetuning.folders import RESULT, check_folder
-from safeopt.finetuning.inputs import check_seed, read_template
+from safeopt.finetuning.inputs import check_one_process, check_seed, read_template
 from safeopt.integrations.bitsandbytes import keep_trainable
 from safeopt.models import check_readable, check_trainable, load_causal_lm
 from safeopt.optim.repair import RepairReport, repair
 from safeopt.probe import SafetyProbe
-from safeopt.safety_examples import check_batches, check_enough, read_safety_batches
+from safeopt.safety_examples import check_batches, check_enough, check_likely, read_safety_batches
 
 REPORT = "repair.json"
 _WORKING = "repair.partial"
@@ -108,14 +108,16 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
         FileExistsError: if ``out`` is a file or a folder that is not empty, saying where an earlier
             repair has left something in it.
         PermissionError: if ``out`` must not be written to.
-        ValueError: if a file is malformed, a model cannot be loaded or cannot read an example, or
-            the reference does not refuse the safety prompts, or too few of them.
+        ValueError: if several processes were started, a file is malformed, a model cannot be
+            loaded or cannot read an example, or the reference does not refuse the safety prompts,
+            or too few of them, or would not say their responses.
     """
+    check_one_process()
     _check_new(Path(config.out))
     examples = read_examples(config.train) if config.train else []
     is_adapter = (Path(config.model) / "adapter_config.json").is_file()
     template = None if config.chat_template is None else read_template(config.chat_template)
-    aligned, tokenizer = load_causal_lm(config.reference)
+    aligned, tokenizer = load_causal_lm(config.reference, argument="reference")
     keep_trainable(aligned)  # before it answers the prompts
     if template is not None:
         tokenizer.chat_template = template
@@ -124,6 +126,7 @@ def prepare_repair(config: RepairConfig) -> PreparedRepair:
     safety, held = read_safety_batches(aligned, tokenizer, config.safety, config.harmless)
     check_enough(len(safety), _TRIAL_EXAMPLES + 1, str(config.safety))
     looked_at = SafetyProbe(aligned, safety, held=held)
+    check_likely(looked_at, str(config.safety))
     reference = looked_at.values(looked_at.indices)
     if is_adapter:
         model = load_adapter(aligned, config.model, "model", trainable=True)

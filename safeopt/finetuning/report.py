@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeopt import __version__
 from safeopt.finetuning.config import ADAMW
 from safeopt.integrations.transformers import safety_of
 from safeopt.optim.measurement import Measurement
@@ -68,6 +69,7 @@ def run_report(prepared: Prepared, state: Any, finished: bool, seconds: float) -
         "seconds": seconds,
         "versions": {
             "python": platform.python_version(),
+            "safeopt": __version__,
             **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         },
     }

@@ -67,7 +67,7 @@ def run(
 
     Args:
         prepared: from `prepare`.
-        listener: called after every step.
+        listener: called after every step, and once where a resumed run has none left.
         should_stop: asked after every step; True saves a checkpoint and ends the run.
 
     Returns:
@@ -183,6 +183,9 @@ class _Watcher(TrainerCallback):
         self._safety_before = self.prepared.inputs.probe.passes.seconds
         self._write(state)  # not before: a checkpoint that does not load leaves the file as it was
         if state.global_step >= state.max_steps:
+            logged = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
+            self._task_loss = next(logged, None)
+            self._tell(state, kwargs["optimizer"])
             raise _NothingLeftError
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -44,6 +44,9 @@ class SafetyConfig:
             rank that knows nothing of safety (nothing is restored with it).
         basis: how U is stored: ``"dense"``, ``"int8"``, ``"factored"``, ``"compressed"``, or
             ``"auto"``, which picks by size, see `safeopt.curvature.bases`.
+        elastic: τ of a pull back to the aligned model, see `safeopt.optim.elastic`, at least 0; 0
+            leaves it out. With ``curvature="random"``, and with factored and compressed bases,
+            which are there to save the memory that it takes, there is none.
         seed: for the order of the safety examples and the random control.
 
     Raises:
@@ -62,6 +65,7 @@ class SafetyConfig:
     trial_examples: int = 4
     curvature: Curvature = "fisher"
     basis: Storage = "auto"
+    elastic: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +87,11 @@ class SafetyConfig:
         _at_least("trial_examples", self.trial_examples, 1, "the line search needs an example")
         one_of("curvature", self.curvature, get_args(Curvature))
         one_of("basis", self.basis, get_args(Storage))
+        _at_least("elastic", self.elastic, 0, "0 leaves the pull out")
+        if self.elastic == math.inf:
+            raise ValueError(
+                f"elastic={self.elastic}: to keep parameters where they are, freeze them"
+            )
         if not isinstance(self.refresh, RefreshPolicy):
             raise TypeError(f"refresh={self.refresh!r}: expected a RefreshPolicy")
 

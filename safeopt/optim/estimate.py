@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safeopt.curvature.bases import choose_basis
+from safeopt.curvature.bases.int8 import Int8Basis
+from safeopt.curvature.basis import DenseBasis
 from safeopt.curvature.subspace import SafetySubspace, updated_subspace
+from safeopt.curvature.window import slopes
 from safeopt.distributed import Layout
 from safeopt.optim.config import SafetyConfig
+from safeopt.optim.elastic import squares
 from safeopt.optim.examples import ExampleRota, Look
 from safeopt.optim.measurement import finite
 from safeopt.probe import SafetyProbe
 from safeopt.rows import DenseRows, GradientRows
+
+
+class Estimate(NamedTuple):
+    """What a refresh finds.
+
+    Attributes:
+        subspace: the renewed one.
+        look: the examples that were drawn.
+        squares: for each parameter the sum of the squared gradients of the safety examples'
+            log-odds, shape ``(*p.shape)``; None where there is no pull.
+    """
+
+    subspace: SafetySubspace
+    look: Look
+    squares: list[Tensor] | None
 
 
 def estimate(
@@ -24,7 +44,7 @@ def estimate(
     rota: ExampleRota,
     config: SafetyConfig,
     count: int,
-) -> tuple[SafetySubspace, Look]:
+) -> Estimate:
     """Renew the subspace at ``params`` from the examples whose turn it is; their turn ends.
 
     Args:
@@ -36,8 +56,7 @@ def estimate(
         count: number of safety examples; for four of them, three held ones join them.
 
     Returns:
-        The subspace, and the examples that were drawn. Cost: one forward and one backward pass on
-        them.
+        What was found. Cost: one forward and one backward pass on the examples.
 
     Raises:
         ValueError: if a parameter does not belong to the probe's model.
@@ -50,6 +69,10 @@ def estimate(
     finite(float(losses.sum()))
     tokens = probe.response_tokens(look.indices)
     targets = rota.targets(look)
+    found = None
+    if pulls(config, kind):
+        factors = slopes(losses.to(tokens), tokens)
+        found = squares(rows, factors[: len(look.safety)])
     if config.curvature == "random":
         rows = _random(rows, config.seed + rota.drawn)
     subspace = updated_subspace(
@@ -65,7 +88,18 @@ def estimate(
         layout=layout,
     )
     rota.advance(look)
-    return subspace, look
+    return Estimate(subspace, look, found)
+
+
+def pulls(config: SafetyConfig, kind: str) -> bool:
+    """Whether parameters are pulled back to the aligned model, see `safeopt.optim.elastic`.
+
+    Args:
+        config: the choices.
+        kind: how the basis is stored.
+    """
+    affordable = kind in (DenseBasis.kind, Int8Basis.kind)
+    return config.elastic > 0 and config.curvature == "fisher" and affordable
 
 
 def basis_kind(

@@ -5,6 +5,7 @@ optimizer's step, when lost alignment is restored, and what of it a checkpoint m
 
 One step of the base optimizer, θ → θ', is followed by
 
+    θ' += w ⊙ (θ₀ − θ')                   if asked for: a pull back, `safeopt.optim.elastic`
     c  = Uᵀθ' − Uᵀθ_r                     k inner products
     c⁺ = map(c)                           arithmetic on k numbers
     θ' += U(c⁺ − c)                       one combination of k directions
@@ -31,7 +32,8 @@ from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.window import log_odds
 from safeopt.losses import refusal_nll
 from safeopt.optim.config import SafetyConfig
-from safeopt.optim.estimate import estimate
+from safeopt.optim.elastic import ElasticPull
+from safeopt.optim.estimate import basis_kind, estimate, pulls
 from safeopt.optim.examples import ExampleRota, require_enough
 from safeopt.optim.line_search import backtrack
 from safeopt.optim.measurement import Measurement, finite
@@ -69,6 +71,7 @@ class SafetyGeometry:
     Attributes:
         subspace: the present estimate, None before the first step.
         spanned: the parameters that it was made for; empty before the first step.
+        pull: to the aligned model; None before the first step, and where there is none.
         reference: the alignment loss before fine-tuning, a mean over the trial examples and those
             of the first look; None before the first step.
         history: all measurements, oldest first.
@@ -94,6 +97,7 @@ class SafetyGeometry:
         self.rota = ExampleRota(probe, config.trial_examples, config.seed, _MOST_HELD)
         self.subspace: SafetySubspace | None = None
         self.spanned: list[Tensor] = []
+        self.pull: ElasticPull | None = None
         self.reference: float | None = None
         self.history: list[Measurement] = []
         self.coupling: float | None = None
@@ -101,6 +105,7 @@ class SafetyGeometry:
         self.step_count = 0
         self.last_rate: float | None = None
         self.last_refresh = 0
+        self._travelled = 0.0  # Σ η_t, the sum of all steps' learning rates
         self._checked = 0  # the step at which `restore` last ran to its end
         self._reference_odds: float | None = None  # the highest log-odds of the same examples
         self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
@@ -142,6 +147,8 @@ class SafetyGeometry:
     def _begin(self, params: Sequence[Tensor]) -> None:
         trial = self.rota.measure(self.probe)
         self._trial_reference = float(trial.mean())
+        if pulls(self.config, basis_kind(None, params, self.probe, self.config)):
+            self.pull = ElasticPull.at(params)
         self._estimate(params, self._due(self.config.examples))
         assert self.subspace is not None
         self.spanned = list(params)
@@ -183,9 +190,15 @@ class SafetyGeometry:
         self.last_rate = learning_rate
         c = position - self.subspace.anchor
         self.update = c - self._position
+        self._travelled += learning_rate
+        if self.pull is not None:
+            strength = self.config.elastic * learning_rate / self._travelled
+            c = c + self.pull.apply(params, strength, self.subspace.basis)
         mapped = self._map(c)
         if mapped is not c:  # mode "none" moves nothing
             self.subspace.shift(params, mapped - c)
+        elif self.pull is not None:
+            self.probe.layout(params).publish()
         self._taken_back = self._taken_back + (c - mapped)
         self._position = mapped
         if self.config.refresh.due(self.step_count, self.last_refresh, self._drift()):
@@ -271,6 +284,7 @@ class SafetyGeometry:
             "reference_odds": self._reference_odds,
             "coupling": self.coupling,
             "last_rate": self.last_rate,
+            "travelled": self._travelled,
         }
 
     def vectors(self) -> dict[str, Tensor | None]:
@@ -296,6 +310,7 @@ class SafetyGeometry:
         self._trial_reference = state["trial_reference"]
         self.reference, self._reference_odds = state["reference"], state["reference_odds"]
         self.coupling, self.last_rate = state["coupling"], state["last_rate"]
+        self._travelled = state["travelled"]
         self.history = [Measurement(*entry) for entry in state["history"]]
         self.subspace = subspace
         if subspace is not None:
@@ -397,9 +412,11 @@ class SafetyGeometry:
             The number of examples drawn, safety and held ones.
         """
         predicted = self.predicted
-        self.subspace, look = estimate(
+        self.subspace, look, squares = estimate(
             self.subspace, params, self.probe, self.rota, self.config, count
         )
+        if self.pull is not None and squares is not None:
+            self.pull = self.pull.observed(squares, self.probe.layout(params))
         self.last_refresh = self.step_count
         self._position = torch.zeros_like(self.subspace.anchor)
         self._taken_back = torch.zeros_like(self.subspace.anchor)

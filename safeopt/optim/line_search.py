@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from safeopt.curvature.subspace import SafetySubspace
+from safeopt.distributed import Layout, local
 
 
 def backtrack(
@@ -29,14 +31,23 @@ def backtrack(
 
     Returns:
         The length, and the loss there; 0 and None where no length is good enough, and the
-        parameters are, up to rounding, where they were.
+        parameters are where they were.
+
+    Memory: a copy of the parameters. Shorter steps go from there, not back from the longer one: in
+    bfloat16 (θ + s) − s is not θ, and would keep up to a third of a step that was refused.
     """
-    tried = 0.0
+    start = [local(p).detach().clone() for p in params]
     for length in lengths:
-        subspace.shift(params, (length - tried) * step)
-        tried = length
+        subspace.shift(params, length * step)
         value = measure()
         if value < limit:
             return length, value
-    subspace.shift(params, -tried * step)
+        _put(params, start)
+    Layout.of(params).publish()
     return 0.0, None
+
+
+@torch.no_grad()
+def _put(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        local(p).copy_(value)

@@ -5,7 +5,8 @@ a group, and drops all other entries; its ``load`` fills entries that are there 
 shape. So wherever there is a process group, the geometry's state travels as
 
 - ``state[p]["safety_basis"]``: U, ``(K, *p.shape)``, sharded as p is. K is the largest rank
-  possible; unused directions are zero;
+  possible; unused directions are zero. The run that loads it must have the same K;
+- ``state[p]["safety_pull"]``, where there is a pull to the aligned model: its block, likewise;
 - ``param_groups[0]["safeopt.safety"]``: all else, as JSON: its numbers are exact.
 
 Such a state can be loaded in any layout: on another number of ranks, with whole or sharded
@@ -20,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safeopt.distributed import Layout, is_sharded, local
-from safeopt.optim.state import saved_eigenvalues
+from safeopt.optim.state import in_saved_order, saved_eigenvalues
 
-_BASIS = "safety_basis"
+_BASIS, _PULL = "safety_basis", "safety_pull"
 _PREFIX = "safeopt."
 
 
@@ -57,35 +58,57 @@ def hide_basis(
         blocks: this process's part of U for each of them, shape ``(k, *part)``.
         rank: K; a larger basis is kept whole.
     """
+    # A basis that was loaded may have more directions, until the next refresh.
+    padded = [
+        torch.cat([block, block.new_zeros((max(0, rank - len(block)), *block.shape[1:]))])
+        for block in blocks
+    ]
+    _hide_blocks(state, optimizer, params, _BASIS, padded)
+
+
+def hide_pull(
+    state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor], blocks: Sequence[Tensor]
+) -> None:
+    """Put the blocks of a pull, shape ``(2, *part)``, among the parameters' own entries."""
+    _hide_blocks(state, optimizer, params, _PULL, blocks)
+
+
+def _hide_blocks(
+    state: dict[str, Any],
+    optimizer: Optimizer,
+    params: Sequence[Tensor],
+    name: str,
+    blocks: Sequence[Tensor],
+) -> None:
     keys = _keys(state, optimizer)
     for p, block in zip(params, blocks, strict=True):
-        # A basis that was loaded may have more directions, until the next refresh.
-        padding = block.new_zeros((max(0, rank - len(block)), *block.shape[1:]))
-        padded = _spread(torch.cat([block, padding]), p)
-        # A new entry: the one that is there is the optimizer's own, which must not keep the basis.
+        # A new entry: the one that is there is the optimizer's own, which must not keep the block.
         own = state["state"].get(keys[id(p)], {})
-        state["state"][keys[id(p)]] = {**own, _BASIS: padded}
+        state["state"][keys[id(p)]] = {**own, name: _spread(block, p)}
 
 
-def reveal(state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor]) -> dict[str, Any]:
+def reveal(
+    state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor], model: nn.Module
+) -> dict[str, Any]:
     """The state with its hidden entries back in their places; itself if it has none.
 
     Args:
         state: not changed.
         optimizer: into which it is loaded.
         params: its protected parameters.
+        model: the probe's.
 
     Raises:
         ValueError: if an entry cannot be read, or the basis of a parameter is missing.
     """
-    groups = state.get("param_groups") or [{}]
-    hidden = [name for name in groups[0] if name.startswith(_PREFIX)]
+    hidden = _hidden(state)
     if not hidden:
         return state
-    entries = {name.removeprefix(_PREFIX): _decoded(name, groups[0][name]) for name in hidden}
+    entries = {name.removeprefix(_PREFIX): _decoded(name, text) for name, text in hidden.items()}
     eigenvalues = saved_eigenvalues(entries.get("safety"))
     if eigenvalues is not None:
         keys, rank = _keys(state, optimizer), eigenvalues.numel()
+        params = in_saved_order(params, entries["safety"], model)
         found = [state["state"].get(keys.get(id(p)), {}).get(_BASIS) for p in params]
         if any(block is None for block in found):
             raise ValueError(
@@ -94,18 +117,39 @@ def reveal(state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor]
             )
         parts = [_part(block, p)[:rank] for block, p in zip(found, params, strict=True)]
         entries["safety"]["subspace"]["basis"] = {"kind": "dense", "blocks": parts}
+        pulls = [state["state"].get(keys.get(id(p)), {}).get(_PULL) for p in params]
+        pull, there = entries["safety"].get("pull"), all(block is not None for block in pulls)
+        if isinstance(pull, dict) and there:
+            pull["blocks"] = [_part(block, p) for block, p in zip(pulls, params, strict=True)]
+        else:  # one that is not wanted is not read by DCP
+            entries["safety"]["pull"] = None
+    return {**stripped(state), **entries}
+
+
+def stripped(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without its hidden entries; itself if it has none."""
+    hidden = _hidden(state)
+    if not hidden:
+        return state
     own = {
-        key: {name: value for name, value in entry.items() if name != _BASIS}
+        key: {name: value for name, value in entry.items() if name not in (_BASIS, _PULL)}
         for key, entry in state["state"].items()
     }
     return {
         **state,
         "state": {key: entry for key, entry in own.items() if entry},
         "param_groups": [
-            {name: value for name, value in group.items() if name not in hidden} for group in groups
+            {name: value for name, value in group.items() if name not in hidden}
+            for group in state["param_groups"]
         ],
-        **entries,
     }
+
+
+def _hidden(state: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of `hide`, in whichever group: torch puts groups into the optimizer's order."""
+    groups = state.get("param_groups", [])
+    entries = (entry for group in groups for entry in group.items())
+    return {name: text for name, text in entries if name.startswith(_PREFIX)}
 
 
 def _keys(state: Mapping[str, Any], optimizer: Optimizer) -> dict[int, Any]:
@@ -156,5 +200,5 @@ def _decoded(name: str, text: str) -> Any:
         return json.loads(text, object_hook=tensor)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f'state_dict["param_groups"][0]["{name}"]: it cannot be read ({error})'
+            f'state_dict["param_groups"]: "{name}" cannot be read ({error})'
         ) from error

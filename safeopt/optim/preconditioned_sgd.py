@@ -106,6 +106,7 @@ class PreconditionedSGD(torch.optim.SGD):
         trial_examples: safety examples kept apart for the line search.
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
         basis: how U is stored.
+        elastic: strength of a pull back to the aligned model; none by default.
         seed: of the order of the safety examples.
         on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
             or a gradient fails, see `safeopt.optim.protection`.
@@ -155,6 +156,7 @@ class PreconditionedSGD(torch.optim.SGD):
         trial_examples: int = SafetyConfig.trial_examples,
         curvature: Curvature = SafetyConfig.curvature,
         basis: Storage = SafetyConfig.basis,
+        elastic: float = SafetyConfig.elastic,
         seed: int = SafetyConfig.seed,
         on_refresh_error: OnRefreshError = "raise",
         maximize: bool = False,
@@ -186,6 +188,7 @@ class PreconditionedSGD(torch.optim.SGD):
             trial_examples=trial_examples,
             curvature=curvature,
             basis=basis,
+            elastic=elastic,
             seed=seed,
         )
         self.tau = tau

@@ -39,12 +39,13 @@ from torch.optim import Optimizer
 
 from safeopt.curvature.bases import empty_basis
 from safeopt.distributed import Layout, locals_of
-from safeopt.optim.estimate import basis_kind
+from safeopt.optim.elastic import ElasticPull
+from safeopt.optim.estimate import basis_kind, pulls
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
-from safeopt.optim.portable import hide, hide_basis, in_process_group, reveal
+from safeopt.optim.portable import hide, hide_basis, hide_pull, in_process_group, reveal, stripped
 from safeopt.optim.schedule_free import at_average
-from safeopt.optim.state import check_state, load_state, pack_state
+from safeopt.optim.state import check_state, in_saved_order, load_state, pack_state
 
 OnRefreshError = Literal["raise", "warn"]
 _KEY = "safety"
@@ -173,7 +174,7 @@ def attach(
     if geometry.active:
         check_groups(optimizer)
     optimizer.safety = geometry  # type: ignore[attr-defined]
-    hooks: dict[str, Callable[..., Any]] = {}
+    hooks: dict[str, Callable[..., Any]] = {"_optimizer_load_state_dict_pre_hooks": _unprotected}
     if geometry.active:
         protection = _Protection(geometry, on_refresh_error)
         hooks = {
@@ -204,6 +205,11 @@ def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
     params = spanned_parameters(optimizer, geometry)
     with torch.inference_mode(False), at_average(optimizer, params, geometry):
         return geometry.restore(params)
+
+
+def _unprotected(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Where ``damping=0``, what a group carries of the protection is not kept, nor saved again."""
+    return stripped(state)
 
 
 class _Protection:
@@ -269,19 +275,24 @@ class _Protection:
             if state[_KEY]["subspace"] is not None:
                 blocks = state[_KEY]["subspace"].pop("basis")["blocks"]
             hide_basis(state, optimizer, params, blocks, geometry.config.largest_rank)
+            if pulls(geometry.config, kind):
+                pull = geometry.pull or ElasticPull.at(params)  # an entry for DCP to fill
+                hide_pull(state, optimizer, params, pull.blocks)
+            if state[_KEY]["pull"] is not None:
+                del state[_KEY]["pull"]["blocks"]
             hide(state, _KEY)
 
     def check(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Refuse a state that does not fit, before anything has changed."""
-        params = self._loaded_into(optimizer)
-        state = reveal(state, optimizer, params)
+        model = self._geometry.probe.model
+        state = reveal(state, optimizer, self._loaded_into(optimizer), model)
         if _KEY not in state:
             raise ValueError(
                 'state_dict: it has no "safety" entry; it was saved by an unprotected optimizer, '
                 "and the alignment loss before fine-tuning is not known. Start from the aligned "
                 "model, or from a checkpoint of a protected run"
             )
-        check_state(state[_KEY], params, self._geometry)
+        check_state(state[_KEY], self._loaded_into(optimizer, state[_KEY]), self._geometry)
         self._checked = state[_KEY]
         return state
 
@@ -289,16 +300,17 @@ class _Protection:
         """Continue from the checked state, once."""
         if not self._checked:
             return
-        load_state(self._geometry, self._checked, self._loaded_into(optimizer))
+        load_state(self._geometry, self._checked, self._loaded_into(optimizer, self._checked))
         self._checked = {}
 
-    def _loaded_into(self, optimizer: Optimizer) -> list[Tensor]:
-        """The `loaded_parameters`.
+    def _loaded_into(self, optimizer: Optimizer, state: Any = None) -> list[Tensor]:
+        """The `loaded_parameters`, in the order of a state's basis.
 
         Raises:
             ValueError: if all are frozen and there is no subspace.
         """
-        return loaded_parameters(optimizer, self._geometry) or protected_parameters(optimizer)
+        params = loaded_parameters(optimizer, self._geometry) or protected_parameters(optimizer)
+        return in_saved_order(params, state, self._geometry.probe.model)
 
     def _accepts(self, params: Sequence[Tensor]) -> bool:
         """Whether the step with these gradients can be protected.

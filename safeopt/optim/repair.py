@@ -161,7 +161,7 @@ def repair(
     the held examples that can take a turn (and the trial ones, where it is None); a refresh takes
     one forward and one backward pass over its examples and up to three forward passes over the
     trial examples. Memory: one number a parameter for each of a refresh's examples (factors of the
-    gradients where ``basis`` keeps these), and a copy of the parameters.
+    gradients where ``basis`` keeps these), and two copies of the parameters.
     """
     SafetyConfig(budget=budget, newton_damping=newton_damping, basis=basis, seed=seed)  # type: ignore[arg-type]
     for name, number in (

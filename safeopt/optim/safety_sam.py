@@ -118,6 +118,7 @@ class SafetySAM(OptimizerWrapper):
         trial_examples: safety examples kept apart for the line search.
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
         basis: how U is stored.
+        elastic: strength of a pull back to the aligned model; none by default.
         seed: of the order of the safety examples.
         on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
             or a gradient fails, see `safeopt.optim.protection`.
@@ -165,6 +166,7 @@ class SafetySAM(OptimizerWrapper):
         trial_examples: int = SafetyConfig.trial_examples,
         curvature: Curvature = SafetyConfig.curvature,
         basis: Storage = SafetyConfig.basis,
+        elastic: float = SafetyConfig.elastic,
         seed: int = SafetyConfig.seed,
         on_refresh_error: OnRefreshError = "raise",
         **base_options: Any,
@@ -193,6 +195,7 @@ class SafetySAM(OptimizerWrapper):
             trial_examples=trial_examples,
             curvature=curvature,
             basis=basis,
+            elastic=elastic,
             seed=seed,
         )
         super().__init__(base)

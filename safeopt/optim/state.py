@@ -9,26 +9,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from safeopt.curvature.bases import basis_from_state
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
+from safeopt.distributed import local, reshard
+from safeopt.optim.elastic import ElasticPull
+from safeopt.optim.estimate import pulls
 from safeopt.passes import PassCounter
+from safeopt.rows import row_dtype
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
-VERSION = 7  # since it names the trial examples and the last step's learning rate
+VERSION = 8  # since it names the parameters of the basis, and knows a pull to the aligned model
 _WHERE = 'state_dict["safety"]'
 _COUNTS = ("step_count", "last_refresh", "held_count", "drawn", "held_drawn", "checked")
-_OTHERS = ("opening", "trial", "history", "passes", "kl_reference", "subspace")
-_NUMBERS = ("reference", "reference_odds", "trial_reference", "coupling", "last_rate")
+_OTHERS = ("opening", "trial", "history", "passes", "kl_reference", "pull", "subspace")
+_NUMBERS = (
+    "reference", "reference_odds", "trial_reference", "coupling", "last_rate", "travelled",
+)  # fmt: skip
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
 _SHAPES = {
     "eigenvalues": "k",
@@ -58,10 +64,14 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
         "passes": geometry.passes.as_dict(),
         "history": [list(asdict(entry).values()) for entry in geometry.history],
         "kl_reference": geometry.probe.reference(),
+        "pull": None,
         "subspace": None,
     }
+    if geometry.pull is not None:
+        state["pull"] = {"mean": geometry.pull.mean, "blocks": _copies(geometry.pull.blocks)}
     if subspace is not None:
         state["subspace"] = {
+            "names": _names(geometry.spanned, geometry.probe.model),
             "basis": _copies(subspace.basis.state_dict()),
             "eigenvalues": subspace.eigenvalues.clone(),
             **{name: getattr(subspace.window, name).clone() for name in _WINDOW},
@@ -80,7 +90,7 @@ def check_state(
 
     Args:
         state: what `pack_state` returned, before it was saved.
-        params: the protected parameters.
+        params: the protected parameters, `in_saved_order` where the caller can have them so.
         geometry: what it is to be loaded into.
 
     Raises:
@@ -113,6 +123,9 @@ def check_state(
         except ValueError as error:
             raise ValueError(f'{_WHERE}["kl_reference"]: {error}') from error
         _check_subspace(state["subspace"], params)
+        if pulls(geometry.config, state["subspace"]["basis"]["kind"]):
+            _check_pull(state["pull"], params)
+        _check_order(state["subspace"]["names"], _names(params, probe.model))
         if state["held_count"] != probe.held_count:
             raise ValueError(
                 f"{_WHERE}: it was saved with {state['held_count']} held examples, the probe now "
@@ -142,7 +155,7 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
     where = f'{_WHERE}["subspace"]'
     if not isinstance(subspace, Mapping):
         raise ValueError(f"{where}: {type(subspace).__name__}; expected a dict")
-    absent = {*_SHAPES, *_OPTIONAL, "basis", "value"} - set(subspace)
+    absent = {*_SHAPES, *_OPTIONAL, "names", "basis", "value"} - set(subspace)
     if absent:
         raise ValueError(f"{where}: {', '.join(sorted(absent))} is missing")
     present = [*_SHAPES, *(name for name in _OPTIONAL if subspace[name] is not None)]
@@ -179,6 +192,40 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
         raise ValueError(f"{where}: value={subspace['value']!r}; expected a finite number")
 
 
+def _check_pull(pull: Any, params: Sequence[Tensor]) -> None:
+    where = f'{_WHERE}["pull"]'
+    if pull is None:
+        raise ValueError(
+            f"{where}: it was saved without a pull, and the aligned parameters to which elastic "
+            "would pull are not known any more; build the optimizer with elastic=0"
+        )
+    if not (isinstance(pull, Mapping) and {"mean", "blocks"} <= set(pull)):
+        raise ValueError(f"{where}: expected its mean and blocks")
+    if not (_is_number(pull["mean"]) and pull["mean"] >= 0):
+        raise ValueError(f"{where}: mean={pull['mean']!r}; expected a number of at least 0")
+    shapes = [(2, *local(p).shape) for p in params]
+    blocks = _tensors(pull["blocks"])
+    if [tuple(block.shape) for block in blocks] != shapes:
+        raise ValueError(f"{where}: the shapes of its blocks do not fit the parameters")
+    for block in blocks:
+        if not (bool(torch.isfinite(block).all()) and bool((block[1] >= 0).all())):
+            raise ValueError(f"{where}: it holds a value that is not finite, or a negative square")
+
+
+def _check_order(saved: Any, names: Sequence[str]) -> None:
+    where = f'{_WHERE}["subspace"]["names"]'
+    if not _are_names(saved):
+        raise ValueError(f"{where}: expected the names of {len(names)} parameters")
+    if len(saved) != len(names):
+        raise ValueError(f"{where}: {len(saved)} names for {len(names)} parameters")
+    if sorted(saved) == sorted(names) and saved != names:
+        place = next(i for i, (old, new) in enumerate(zip(saved, names, strict=True)) if old != new)
+        raise ValueError(
+            f"{where}: parameter {place} was {saved[place]} and is now {names[place]}; give the "
+            "optimizer its parameters in the order of the saved run"
+        )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -199,10 +246,45 @@ def saved_eigenvalues(state: Any) -> Tensor | None:
     return eigenvalues if isinstance(eigenvalues, Tensor) else None
 
 
+def in_saved_order(params: Sequence[Tensor], state: Any, model: nn.Module) -> list[Tensor]:
+    """The parameters in the order of a state's basis, which may not have been checked.
+
+    An optimizer's groups may be in another order than when the subspace was first estimated, and
+    parameters of one shape look alike.
+
+    Args:
+        params: the protected parameters.
+        state: what `pack_state` returned.
+        model: the probe's.
+
+    Returns:
+        The order as given where the model names them otherwise than the saved one did, as it does
+        once it is compiled.
+    """
+    subspace = state.get("subspace") if isinstance(state, Mapping) else None
+    saved = subspace.get("names") if isinstance(subspace, Mapping) else None
+    if not _are_names(saved):
+        return list(params)
+    named = dict(zip(_names(params, model), params, strict=True))
+    known = len(named) == len(params) and sorted(named) == sorted(saved)
+    return [named[name] for name in saved] if known else list(params)
+
+
+def _are_names(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _names(params: Sequence[Tensor], model: nn.Module) -> list[str]:
+    """What the model calls its parameters; "" for those of another one."""
+    reshard(model)  # whole weights are other objects
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names.get(id(p), "") for p in params]
+
+
 def load_state(
     geometry: SafetyGeometry, state: Mapping[str, Any], params: Sequence[Tensor]
 ) -> None:
-    """Put a checked state into ``geometry``, on the parameters' devices."""
+    """Put a state that was checked with ``params`` into ``geometry``, on their devices."""
     stored = state["subspace"]
     subspace, vectors = None, {}
     if stored is not None:
@@ -226,6 +308,13 @@ def load_state(
         setattr(geometry.passes, name, value)
     geometry.resume(state, subspace, vectors)
     geometry.spanned = list(params) if subspace is not None else []
+    geometry.pull = None
+    if subspace is not None and pulls(geometry.config, subspace.basis.kind):
+        blocks = [
+            block.detach().to(p.device, row_dtype(p), copy=True)
+            for block, p in zip(state["pull"]["blocks"], params, strict=True)
+        ]
+        geometry.pull = ElasticPull(blocks, state["pull"]["mean"])
 
 
 def _copy(value: Tensor | None, device: torch.device | None = None) -> Tensor | None:

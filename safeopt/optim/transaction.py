@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from safeopt.distributed import Layout, local
+from safeopt.distributed import local, master_of
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
@@ -27,7 +27,10 @@ def whole_or_not_at_all(
     Yields:
         What the block must call before it moves the parameters; of several calls the first counts.
         It copies them, for moving back by the opposite step would leave a rounding error. So the
-        copy does not lie beside a first refresh's per-example gradients, where memory peaks.
+        copy does not lie beside a first refresh's per-example gradients, where memory peaks. With
+        masters (DeepSpeed's ZeRO) it also copies the model's whole weights: to publish the masters
+        takes all ranks, and an error of one rank alone would wait for the others instead of ending
+        the run.
     """
     kept: list[Tensor] = []
     subspace, rota = geometry.subspace, geometry.rota
@@ -37,19 +40,22 @@ def whole_or_not_at_all(
 
     def before_move() -> None:
         if not kept:
-            kept.extend([part.detach().clone() for part in map(local, params)])
+            kept.extend([part.detach().clone() for part in _written(params)])
 
     try:
         yield before_move
     except BaseException:
         with torch.no_grad():
-            for p, value in zip(params if kept else (), kept, strict=True):
-                local(p).copy_(value)
-        if kept:
-            Layout.of(params).publish()
+            for part, value in zip(_written(params) if kept else (), kept, strict=True):
+                part.copy_(value)
         vars(geometry).update(own)
         geometry.history[:] = history
         vars(rota).update(turns)
         if fields is not None:
             vars(subspace).update(fields)
         raise
+
+
+def _written(params: Sequence[Tensor]) -> list[Tensor]:
+    """All that this process holds of the parameters and that a move writes to."""
+    return [*map(local, params), *(p for p in params if master_of(p) is not None)]

@@ -87,7 +87,8 @@ class OptimizerWrapper(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        state_dict = reveal(state_dict, self, loaded_parameters(self, self.safety))
+        params, model = loaded_parameters(self, self.safety), self.safety.probe.model
+        state_dict = reveal(state_dict, self, params, model)
         self._check_state(state_dict)
         self.base_optimizer.load_state_dict(state_dict)
         self._take_state(state_dict)

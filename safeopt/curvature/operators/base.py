@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from safeopt.curvature.density import hutch_pp
 from safeopt.curvature.operators.objective import Loss, Objective, equal_data, micro_batches
 from safeopt.isolation import untouched
-from safeopt.losses import IGNORE
+from safeopt.losses import IGNORE, reads_padding, trimmed
 from safeopt.rows import as_matrix, exact_products, row_dtype
 
 ParameterFilter = Callable[[str], bool]
@@ -273,8 +273,14 @@ class CurvatureOperator(ABC, Generic[PartT]):
     def _micro_batches(self) -> Iterator[Any]:
         if self._splits is None:
             self._splits = self._splittable()
-        size = self._micro_batch_size if self._splits else None
-        return micro_batches(self._batches, size, self.device)
+        return self._cut(self._micro_batch_size if self._splits else None)
+
+    def _cut(self, size: int | None) -> Iterator[Any]:
+        """Micro-batches of at most ``size`` rows, padded no more than these need, or not at all."""
+        if not self.objective.is_cross_entropy:
+            return micro_batches(self._batches, size, self.device)
+        pad = not reads_padding(self.model)
+        return map(trimmed, micro_batches(self._batches, size, self.device, pad=pad))
 
     def _splittable(self) -> bool:
         """Look at the loss of a few examples: what is one number for a batch cannot be cut."""
@@ -290,7 +296,7 @@ class CurvatureOperator(ABC, Generic[PartT]):
         Examples without a labelled token are passed over, unless there are no others.
         """
         batch = None
-        for batch in micro_batches(self._batches, min(count, self._micro_batch_size), self.device):
+        for batch in self._cut(min(count, self._micro_batch_size)):
             if self.objective.has_targets(batch):
                 break
         if batch is None:

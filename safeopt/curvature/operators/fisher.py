@@ -14,7 +14,7 @@ examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss, row_count
-from safeopt.losses import IGNORE, response_log_probs
-from safeopt.per_example import per_example_gradients
+from safeopt.losses import IGNORE, Batch, response_log_probs, trimmed
+from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.rows import inner_products, mixed, row_dtype
 
 
@@ -90,8 +90,9 @@ class FisherOperator(CurvatureOperator[_Rows]):
         """Return G/√W: F is the sum of the outer products of these rows.
 
         Returns:
-            One tensor for each parameter, shape ``(m, *p.shape)``: what `solvers.gram` takes.
-            Memory: m·n numbers.
+            One tensor for each parameter, shape ``(m, *p.shape)``: what `solvers.gram` takes. The
+            rows stand as they were run: the shortest of a batch first where padding is avoided, see
+            `safeopt.losses.reads_padding`. Memory: m·n numbers.
         """
         with self._looking():
             collected = list(self._all_parts())
@@ -125,9 +126,26 @@ class FisherOperator(CurvatureOperator[_Rows]):
         if self.labels == "sampled":
             batch = self._with_sampled_labels(batch, index)
             function = self._scaled_losses
-        singles = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(count)]
-        losses, rows = per_example_gradients(
-            partial(function, self.model, batch),
+        # Layers that put tokens before examples would look like any others in a square batch.
+        if count == 1 or all(x.shape[:2] != (count, count) for x in batch.values()):
+            losses, rows = self._gradients(function, batch)
+        else:
+            halves = [{k: x[some] for k, x in batch.items()} for some in (slice(1), slice(1, None))]
+            first, rest = (self._gradients(function, half) for half in halves)
+            losses = torch.cat([first.losses, rest.losses])
+            rows = [torch.cat(pair) for pair in zip(first.rows, rest.rows, strict=True)]
+        return _Rows(rows, self.objective.weight(batch, losses))
+
+    def _gradients(
+        self, function: Callable[[nn.Module, Any], Tensor], batch: dict[str, Tensor]
+    ) -> PerExampleGradients:
+        """The gradients of one pass's examples."""
+        count = len(next(iter(batch.values())))
+        singles: list[Batch] = [{k: x[i : i + 1] for k, x in batch.items()} for i in range(count)]
+        if self.objective.is_cross_entropy:
+            singles = [trimmed(single) for single in singles]
+        result = per_example_gradients(
+            partial(function, self.model, batch if count > 1 else singles[0]),
             [partial(function, self.model, single) for single in singles],
             self.model,
             self.params,
@@ -136,7 +154,7 @@ class FisherOperator(CurvatureOperator[_Rows]):
         passes = 1 + (count if self._looped else 0)
         self.counts.forward += passes
         self.counts.backward += passes
-        return _Rows(rows, self.objective.weight(batch, losses))
+        return result
 
     @torch.no_grad()
     def _with_sampled_labels(self, batch: Any, index: int) -> Any:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from safeopt.batches import by_length
 from safeopt.losses import IGNORE, Batch, ReferenceKL, refusal_nll, response_log_probs
 
 Loss = Literal["nll", "causal_lm"] | Callable[[nn.Module, Any], Tensor]
@@ -53,7 +54,7 @@ class Objective:
 
     def has_targets(self, batch: Any) -> bool:
         """Whether a token counts, so that the loss can be computed; unknown losses always can."""
-        return not self.is_cross_entropy or bool((batch["labels"][:, 1:] != IGNORE).any())
+        return not self.is_cross_entropy or bool(scored_labels(batch).any())
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Return ℓ_i of each example, shape ``(m,)``, or one number for the batch, shape ``()``."""
@@ -89,20 +90,27 @@ def scored_labels(batch: Batch) -> Tensor:
     return counted
 
 
-def micro_batches(batches: Iterable[Any], size: int | None, device: torch.device) -> Iterator[Any]:
+def micro_batches(
+    batches: Iterable[Any], size: int | None, device: torch.device, *, pad: bool = True
+) -> Iterator[Any]:
     """Batches on ``device``, cut into micro-batches of at most ``size`` rows.
 
     A batch that is no mapping of tensors with equally many rows is passed on whole, as is every
-    batch when ``size`` is None.
+    batch when ``size`` is None. With ``pad=False`` the rows of a micro-batch have one length, by
+    their ``attention_mask``, and the shortest of a batch come first.
     """
     for batch in batches:
         moved = to_device(batch, device)
         rows = row_count(moved)
-        if size is None or rows is None or rows <= size:
+        mask = None if pad or rows is None else moved.get("attention_mask")
+        if size is None or rows is None or (rows <= size and mask is None):
             yield moved
-            continue
-        for start in range(0, rows, size):
-            yield {name: tensor[start : start + size] for name, tensor in moved.items()}
+        elif mask is None:
+            for start in range(0, rows, size):
+                yield {name: tensor[start : start + size] for name, tensor in moved.items()}
+        else:
+            for members in by_length(mask.sum(1).tolist(), size, pad=False):
+                yield {name: tensor[members] for name, tensor in moved.items()}
 
 
 def row_count(batch: Any) -> int | None:

@@ -1,0 +1,200 @@
+"""The pull back to the aligned model, against closed forms in NumPy."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from optimizer_table import build, run
+from quadratic import Quadratic, probe_of
+
+from safeopt import RefreshPolicy, SafetyProbe, safeguard
+
+SHAPES = [(3, 2), (4,), (2,)]
+N = 12
+ALONE = {"mode": "none", "restore_alignment": False}  # the pull and nothing else
+NEVER = RefreshPolicy(first=10**6, growth=1, every=10**6, drift=None)
+
+
+def directions():
+    """Gradients of seven safety examples; the last parameter has none."""
+    generator = torch.Generator().manual_seed(3)
+    found = torch.randn(7, N, generator=generator).double()
+    found[:, -2:] = 0
+    return found
+
+
+def start(**options):
+    """A model at its aligned parameters, and plain SGD of it, protected."""
+    model = Quadratic(torch.zeros(N, N).double(), torch.zeros(N).double(), SHAPES)
+    options = {"trial_examples": 1, "rank": 2, **options}
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    return model, safeguard(sgd, probe_of(model, directions()), **options)
+
+
+def step(model, optimizer, gradient):
+    pieces = torch.as_tensor(gradient).split([p.numel() for p in model.weights])
+    for p, piece in zip(model.weights, pieces, strict=True):
+        p.grad = piece.reshape(p.shape).clone()
+    optimizer.step()
+
+
+def parameters(model):
+    return model.x.detach().numpy().copy()
+
+
+def relative(squares):
+    """f, the diagonal divided by the mean of its entries that are not zero."""
+    return squares / squares[squares > 0].mean()
+
+
+def test_it_is_the_proximal_step_of_the_diagonal_of_all_looks():
+    tau, random = 1.7, np.random.default_rng(5)
+    policy = RefreshPolicy(first=2, growth=1, every=2, drift=None)
+    model, optimizer = start(elastic=tau, refresh=policy, **ALONE)
+    origin = x = before = parameters(model)
+    rows, order = directions().numpy(), optimizer.safety.rota._pool
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    squares, travelled, drawn = np.zeros(N), 0.0, 0
+    for t, rate in enumerate((0.05, 0.02, 0.03, 0.01, 0.0, 0.02)):
+        optimizer.param_groups[0]["lr"] = rate
+        gradient = random.normal(size=N)
+        step(model, optimizer, gradient)
+        if rate == 0:  # no step: nothing is pulled
+            assert np.array_equal(parameters(model), before)
+            continue
+        if t in (0, 2, 5):  # two examples at the aligned model, after two steps, and after four
+            look = order[drawn : drawn + 2]
+            along = units[look] @ (x - origin)
+            squares = squares + ((rows[look] + along[:, None] * units[look]) ** 2).sum(0)
+            drawn += 2
+        travelled += rate
+        x = x - rate * gradient
+        x = origin + (x - origin) / (1 + tau * rate / travelled * relative(squares))
+        before = parameters(model)
+        assert np.allclose(before, x, rtol=1e-12, atol=1e-14)
+        c = optimizer.safety.subspace.coordinates(model.weights)
+        assert np.allclose(c, optimizer.safety._position, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "to zero"])
+def test_a_steady_drive_comes_a_fixed_share_of_its_way(schedule):
+    """1/(1 + τf) of it, whatever the rate and its schedule: no return at the end of a run."""
+    tau, steps = 2.0, 400
+    model, optimizer = start(elastic=tau, refresh=NEVER, **ALONE)
+    origin, drive, way = parameters(model), np.linspace(-1, 1, N), 0.0
+    for t in range(steps):
+        rate = 0.01 if schedule == "constant" else 0.01 * (1 - t / steps)
+        optimizer.param_groups[0]["lr"] = rate
+        step(model, optimizer, drive)
+        way += rate
+    f = relative((directions().numpy()[optimizer.safety.rota._pool[:2]] ** 2).sum(0))
+    share = (origin - parameters(model)) / (way * drive)
+    assert np.allclose(share, 1 / (1 + tau * f), rtol=0.02)
+    assert (f > 2).any()
+    assert np.allclose(share[-2:], 1)  # where there is no curvature
+
+
+def test_a_projected_step_still_ends_at_the_anchor():
+    model, optimizer = start(elastic=3.0, refresh=NEVER)
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        step(model, optimizer, random.normal(size=N))
+        assert optimizer.safety.subspace.coordinates(model.weights).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"elastic": 0.0}, {"curvature": "random"}])
+def test_it_is_left_out(options):
+    model, optimizer = start(**{"elastic": 2.0, **options, "mode": "none"})
+    origin, drive = parameters(model), np.linspace(-1, 1, N)
+    step(model, optimizer, drive)
+    assert optimizer.safety.pull is None
+    assert np.allclose(parameters(model), origin - 0.05 * drive, rtol=1e-12)
+
+
+@pytest.mark.parametrize("basis", ["dense", "int8", "factored", "compressed"])
+def test_bases_that_save_memory_go_without(basis):
+    model, optimizer = build("ProjectedAdamW", basis=basis, elastic=1.0)
+    run(model, optimizer, 1)
+    assert (optimizer.safety.pull is not None) == (basis in ("dense", "int8"))
+
+
+def test_a_state_carries_it_and_continues_bit_for_bit():
+    random = np.random.default_rng(1)
+    gradients = random.normal(size=(6, N))
+    policy = RefreshPolicy(first=2, growth=1, every=2, drift=None)
+    model, optimizer = start(elastic=2.0, refresh=policy)
+    for gradient in gradients[:3]:
+        step(model, optimizer, gradient)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other, resumed = start(elastic=2.0, refresh=policy)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for gradient in gradients[3:]:
+        step(model, optimizer, gradient)
+        step(other, resumed, gradient)
+        assert np.array_equal(parameters(model), parameters(other))
+    assert resumed.safety.pull.mean == optimizer.safety.pull.mean
+
+
+@pytest.mark.parametrize(("saved", "now"), [(0.0, 2.0), (2.0, 0.0)])
+def test_a_state_without_it_is_refused_where_it_is_needed(saved, now):
+    """The aligned parameters are not known any more; to leave the pull out is free."""
+    model, optimizer = start(elastic=saved)
+    step(model, optimizer, np.ones(N))
+    _, resumed = start(elastic=now)
+    if now:
+        with pytest.raises(ValueError, match="elastic=0"):
+            resumed.load_state_dict(optimizer.state_dict())
+        assert resumed.safety.subspace is None
+        return
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.safety.pull is None
+
+
+@pytest.mark.parametrize("entry", ["shape", "negative", "nan", "missing"])
+def test_a_state_that_was_tampered_with_is_refused(entry):
+    model, optimizer = start(elastic=2.0)
+    step(model, optimizer, np.ones(N))
+    state = copy.deepcopy(optimizer.state_dict())
+    pull = state["safety"]["pull"]
+    if entry == "shape":
+        pull["blocks"][0] = pull["blocks"][0][:, :2]
+    elif entry == "negative":
+        pull["blocks"][0][1] = -1
+    elif entry == "nan":
+        pull["blocks"][0][0] = torch.nan
+    else:
+        del pull["mean"]
+    _, other = start(elastic=2.0)
+    with pytest.raises(ValueError, match=r'\["pull"\]'):
+        other.load_state_dict(state)
+
+
+def test_a_failed_refresh_leaves_it_as_it_was(monkeypatch):
+    policy = RefreshPolicy(first=2, growth=1, every=2, drift=None)
+    model, optimizer = start(elastic=2.0, refresh=policy)
+    step(model, optimizer, np.ones(N))
+    before = optimizer.safety.pull
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetyProbe, "_run", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(model, optimizer, np.ones(N))
+    assert optimizer.safety.pull is before
+    step(model, optimizer, np.ones(N))
+    assert optimizer.safety.pull is not before
+
+
+def test_parameters_that_are_not_finite_are_left_as_they_are():
+    model, optimizer = start(elastic=2.0)
+    step(model, optimizer, np.ones(N))
+    with torch.no_grad():
+        model.weights[0][0, 0] = torch.inf
+    expected = parameters(model) - 0.05 * np.ones(N)
+    with pytest.raises(FloatingPointError, match="parameters are not finite"):
+        step(model, optimizer, np.ones(N))
+    assert np.array_equal(parameters(model), expected)
