@@ -63,7 +63,7 @@ class Lisa(AdamW):
             self._safety_state()
 
     def finish(self) -> None:
-        if self.steps % self.options.task_steps:  # it would be measured at its worst
+        if self.steps % self.options.task_steps:  # after task steps it is at its worst
             self._safety_state()
 
     def _safety_state(self) -> None:
