@@ -90,10 +90,9 @@ class ElasticPull:
     def _moves(self, parts: Sequence[Tensor], strength: float) -> Sequence[Tensor]:
         """What the pull adds, w ⊙ (θ₀ − θ), in the dtype of the blocks."""
         here = [p.to(b.dtype) for p, b in zip(parts, self.blocks, strict=True)]
-        if not self.mean:
-            return [torch.zeros_like(p) for p in here]
         moves = torch._foreach_sub([block[0] for block in self.blocks], here)
-        weights = torch._foreach_mul([block[1] for block in self.blocks], strength / self.mean)
+        relative = strength / self.mean if self.mean else 0.0
+        weights = torch._foreach_mul([block[1] for block in self.blocks], relative)
         torch._foreach_mul_(moves, weights)
         torch._foreach_add_(weights, 1.0)
         torch._foreach_div_(moves, weights)

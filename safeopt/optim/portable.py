@@ -107,23 +107,33 @@ def reveal(
     entries = {name.removeprefix(_PREFIX): _decoded(name, text) for name, text in hidden.items()}
     eigenvalues = saved_eigenvalues(entries.get("safety"))
     if eigenvalues is not None:
-        keys, rank = _keys(state, optimizer), eigenvalues.numel()
-        params = in_saved_order(params, entries["safety"], model)
-        found = [state["state"].get(keys.get(id(p)), {}).get(_BASIS) for p in params]
-        if any(block is None for block in found):
+        safety = entries["safety"]
+        params = in_saved_order(params, safety, model)
+        basis = _parts(state, optimizer, params, _BASIS)
+        if any(part is None for part in basis):
             raise ValueError(
-                f"state_dict: {sum(block is None for block in found)} of {len(params)} protected "
+                f"state_dict: {sum(part is None for part in basis)} of {len(params)} protected "
                 f'parameters have no "{_BASIS}" entry; it was saved with other parameters'
             )
-        parts = [_part(block, p)[:rank] for block, p in zip(found, params, strict=True)]
-        entries["safety"]["subspace"]["basis"] = {"kind": "dense", "blocks": parts}
-        pulls = [state["state"].get(keys.get(id(p)), {}).get(_PULL) for p in params]
-        pull, there = entries["safety"].get("pull"), all(block is not None for block in pulls)
-        if isinstance(pull, dict) and there:
-            pull["blocks"] = [_part(block, p) for block, p in zip(pulls, params, strict=True)]
+        blocks = [part[: eigenvalues.numel()] for part in basis if part is not None]
+        safety["subspace"]["basis"] = {"kind": "dense", "blocks": blocks}
+        pull = _parts(state, optimizer, params, _PULL)
+        if isinstance(safety.get("pull"), dict) and all(part is not None for part in pull):
+            safety["pull"]["blocks"] = pull
         else:  # one that is not wanted is not read by DCP
-            entries["safety"]["pull"] = None
+            safety["pull"] = None
     return {**stripped(state), **entries}
+
+
+def _parts(
+    state: Mapping[str, Any], optimizer: Optimizer, params: Sequence[Tensor], name: str
+) -> list[Tensor | None]:
+    """This process's part of the entries that `_hide_blocks` made; None where there is none."""
+    keys = _keys(state, optimizer)
+    found = [state["state"].get(keys.get(id(p)), {}).get(name) for p in params]
+    return [
+        None if block is None else _part(block, p) for block, p in zip(found, params, strict=True)
+    ]
 
 
 def stripped(state: dict[str, Any]) -> dict[str, Any]:
