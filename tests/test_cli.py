@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import safeopt.cli
 from safeopt.cli import main
 
 
 def forget_the_commands(monkeypatch):
+    # The package refers to what it imports anew: without this, tests that come later patch copies.
+    monkeypatch.setattr(safeopt, "cli", safeopt.cli)
     for name in [name for name in sys.modules if name.startswith("safeopt.cli")]:
         monkeypatch.delitem(sys.modules, name)
 

@@ -98,6 +98,7 @@ WRONG = {
     "trial_examples": (0, 10, None, 2.5),
     "curvature": ("hessian", None, 0),
     "basis": ("sparse", None, 8),
+    "elastic": (-1, math.nan, math.inf, None, "x"),
     "seed": ("a", None, 0.5),
     "probe": (None, "prompts"),
 }
