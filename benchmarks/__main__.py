@@ -171,10 +171,12 @@ def monitor(
 ) -> None:
     """Train under a monitor: where rollbacks end, and how often it raises a false alarm."""
     from benchmarks.monitoring import Watch, monitoring
+    from benchmarks.records import leave_others
     from benchmarks.run import alone
 
     chosen = _one_run(config)
     with alone(out):
+        leave_others(out, "monitor")
         monitoring(chosen, Watch(budget, every, examples), out, console)
 
 
@@ -210,10 +212,12 @@ def overhead(
 ) -> None:
     """Time steps between refreshes beside AdamW's, interleaved, and write OUT/result.json."""
     from benchmarks.overhead.run import run as measure
+    from benchmarks.records import leave_others
     from benchmarks.run import alone
 
     chosen = _one_run(config)
     with alone(out):
+        leave_others(out, "overhead")
         measure(chosen, out, console, rounds)
 
 
@@ -226,9 +230,11 @@ def curvature(
     from benchmarks.curvature.problem import SMALL, SMOLLM2
     from benchmarks.curvature.report import report as write_report
     from benchmarks.curvature.run import run as run_curvature
+    from benchmarks.records import leave_others
     from benchmarks.run import alone
 
     with alone(out):
+        leave_others(out, "curvature")
         run_curvature(SMALL if tiny else SMOLLM2, out, console)
         write_report(out, console)
 

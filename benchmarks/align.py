@@ -125,7 +125,7 @@ def _answer_row(tokenizer: Any, prompt: str, answer: str) -> Row:
     row = refusal_row(tokenizer, prompt)
     start = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
     tokens = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    return Row(input_ids=row["input_ids"][:start] + tokens, labels=row["labels"][:start] + tokens)
+    return {name: values[:start] + tokens for name, values in row.items()}
 
 
 def _save(model: Any, out: Path, steps: int, seed: int, losses: tuple[float, float]) -> None:

@@ -234,6 +234,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     whole = _read(path.parent / str(data.pop("extends")), (*above, path.resolve()))
     for name, value in data.items():
         known = whole.get(name)
-        both = isinstance(value, dict) and isinstance(known, dict)
-        whole[name] = {**known, **value} if both else value
+        if isinstance(value, dict) and isinstance(known, dict):
+            value = {**known, **value}
+        whole[name] = value
     return whole

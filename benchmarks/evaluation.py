@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks.config import EvaluationConfig
 from benchmarks.inference import Row, greedy, response_nll
@@ -63,7 +64,7 @@ class Evaluator:
         self.metric = metric_of(task)[1]
         self._reference: tuple[ReferenceKL, list[Row]] | None = None
 
-    def start(self, model: nn.Module) -> Start:
+    def start(self, model: PreTrainedModel) -> Start:
         """The model before training."""
         losses, rates = self.losses(model), self.rates(model)
         answers = None
@@ -92,7 +93,7 @@ class Evaluator:
             each = sums / counts
             return Losses(task=task, alignment=float(each.mean()), prompts=_rounded(each))
 
-    def rates(self, model: nn.Module) -> Rates:
+    def rates(self, model: PreTrainedModel) -> Rates:
         """Refusals of harmful prompts and of harmless ones, by greedy answers and the judge."""
         with evaluating(model):
             return Rates(
@@ -111,7 +112,7 @@ class Evaluator:
             )
         return RefusalNLL(harmful=_rounded(harmful), harmless=_rounded(harmless))
 
-    def task_metric(self, model: nn.Module) -> float | None:
+    def task_metric(self, model: PreTrainedModel) -> float | None:
         """The mean of the task's metric over greedy answers; None if it is not asked for."""
         rows = self.material.held_out[: self.config.metric_examples]
         if not rows:
@@ -128,13 +129,12 @@ class Evaluator:
     @torch.no_grad()
     def keep_reference(self, model: nn.Module, answers: Sequence[Sequence[int]]) -> None:
         """Remember how likely the aligned model finds its own answers: one forward pass."""
-        rows = []
+        rows: list[Row] = []
         for prompt, answer in zip(self.material.harmless, answers, strict=True):
             if answer:
                 ids = self._prompt(prompt)
-                rows.append(
-                    Row(input_ids=ids + list(answer), labels=[IGNORE] * len(ids) + list(answer))
-                )
+                labels = [IGNORE] * len(ids) + list(answer)
+                rows.append({"input_ids": ids + list(answer), "labels": labels})
         divergence = ReferenceKL()
         with evaluating(model):
             for batch in _chunks(model, rows):
@@ -151,11 +151,11 @@ class Evaluator:
             values = [divergence(model, batch) for batch in _chunks(model, rows)]
         return float(torch.cat(values).mean())
 
-    def _refused(self, model: nn.Module, prompts: Sequence[str]) -> float:
+    def _refused(self, model: PreTrainedModel, prompts: Sequence[str]) -> float:
         texts = self._texts(self._answers(model, prompts))
         return sum(is_refusal(text) for text in texts) / len(texts)
 
-    def _answers(self, model: nn.Module, prompts: Sequence[str]) -> list[list[int]]:
+    def _answers(self, model: PreTrainedModel, prompts: Sequence[str]) -> list[list[int]]:
         rows = [self._prompt(prompt) for prompt in prompts]
         return greedy(model, rows, self.config.new_tokens, end_tokens(model, self.tokenizer))
 

@@ -131,13 +131,15 @@ def matched(
     Raises:
         ValueError: if methods differ in their number of seeds or prompts.
     """
-    shapes = {samples.alignment.shape for points in methods.values() for samples in points}
+    shapes: set[tuple[int, ...]] = {
+        samples.alignment.shape for points in methods.values() for samples in points
+    }
     if len(shapes) != 1 or next(iter(shapes))[1] != len(start):
         raise ValueError(
             f"methods: seeds and prompts are paired, but the shapes are {sorted(shapes)} and "
             f"{len(start)} prompts at the start"
         )
-    (seeds, prompts) = next(iter(shapes))
+    seeds, prompts = next(iter(shapes))
     estimate = _at(methods, baseline, start, tolerance, np.arange(seeds), np.arange(prompts))
     rng = np.random.default_rng(seed)
     drawn = [
@@ -204,14 +206,14 @@ def _at(
 
 
 def _summary(found: _Figures, drawn: Sequence[_Figures]) -> Matched:
-    intervals = [
+    alignment, removed, own = (
         None
         if value is None
         else percentiles(value, [other for other in others if other is not None])
         for value, others in zip(found, zip(*drawn, strict=True), strict=True)
-    ]
+    )
     reached = sum(figures.alignment is not None for figures in drawn) / max(1, len(drawn))
-    return Matched(*intervals, reached=reached)
+    return Matched(alignment, removed, own, reached)
 
 
 def percentiles(value: float, drawn: Sequence[float]) -> Interval:

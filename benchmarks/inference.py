@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,9 @@ from safeopt.data import collate
 from safeopt.losses import IGNORE, response_log_probs
 from safeopt.prefix import share_prefix
 
-
-class Row(TypedDict):
-    """One encoded example: tokens, and labels that are ``IGNORE`` outside the response."""
-
-    input_ids: list[int]
-    labels: list[int]
+# One encoded example as `safeopt.data.encode` makes it: ``input_ids``, and ``labels`` that are
+# ``IGNORE`` outside the response.
+Row = dict[str, list[int]]
 
 
 @torch.no_grad()
@@ -69,7 +65,7 @@ def greedy(
         batch_size: prompts in one pass.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = [Row(input_ids=list(p), labels=[IGNORE] * len(p)) for p in prompts]
+    rows: list[Row] = [{"input_ids": list(p), "labels": [IGNORE] * len(p)} for p in prompts]
     for members, batch in _batches(model, rows, batch_size):
         given = share_prefix(model, batch)
         mask = given["attention_mask"]

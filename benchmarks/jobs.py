@@ -149,12 +149,12 @@ class Processes:
                     job, place = waiting.popleft(), places.popleft()
                     connection, process = _started(_child, job, place)
                     running[connection] = (job, process, place)
-                for connection in wait(list(running)):
-                    assert isinstance(connection, Connection)
-                    job, process, place = running[connection]
-                    if _receive(connection, job, process, listener):
-                        connection.close()
-                        del running[connection]
+                for ready in wait(list(running)):
+                    assert isinstance(ready, Connection)
+                    job, process, place = running[ready]
+                    if _receive(ready, job, process, listener):
+                        ready.close()
+                        del running[ready]
                         places.append(place)
         finally:
             for _, process, _ in running.values():
@@ -304,13 +304,12 @@ class RayCluster:
         import ray
 
         packages = [str(REPOSITORY / name) for name in ("benchmarks", "safeopt")]
-        settings = {"include_dashboard": False} if self.address == "local" else {}
         ray.init(
             address=self.address,
             # The packages of this checkout travel to the workers; what they need must be there.
             runtime_env={"py_modules": packages},
             log_to_driver=False,
-            **settings,
+            include_dashboard=False if self.address == "local" else None,
         )
         try:
             yield ray

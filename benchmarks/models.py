@@ -30,7 +30,8 @@ def load(config: ModelConfig) -> tuple[Any, Any]:
     if config.dry:
         model, tokenizer = stand_in(config), tiny.tokenizer()
     elif config.name == TINY:
-        model, tokenizer = tiny.model().to(dtype), tiny.tokenizer()
+        small: Any = tiny.model()  # transformers types `to` as if it were unbound
+        model, tokenizer = small.to(dtype), tiny.tokenizer()
     elif config.name == ALIGNED:
         model, tokenizer = aligned_smollm2(dtype)
     else:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -13,13 +14,16 @@ from matplotlib.figure import Figure
 
 from benchmarks.records import Point, Record, Result
 
+if TYPE_CHECKING:  # younger than the oldest matplotlib that is supported
+    from matplotlib.typing import RcKeyType
+
 # Okabe and Ito's palette, which people with any kind of color vision can tell apart; the yellow is
 # left out, it is too light for lines. Markers repeat the difference.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 INK = "#222222"  # of names: half of the colors are too light to be read as text
 SIZE = (5.6, 4.0)
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,

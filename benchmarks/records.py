@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from benchmarks.entries import problems
 from safeopt.files import write_json
 
 FILE = "result.json"
+# Commands that write a `FILE` of their own, each with an entry that no other one's has.
+OTHERS = {
+    "monitor": "protected_runs",
+    "overhead": "optimizer_step_ratio",
+    "curvature": "eigenpairs",
+}
 
 
 class _Strict(BaseModel):
@@ -216,17 +223,57 @@ def read_result(folder: Path) -> Result | None:
     """The result in a folder, or None if there is none yet.
 
     Raises:
-        ConfigError: if the file is damaged or from another version of this benchmark.
+        ConfigError: if the file is another command's, damaged, or from another version of this
+            benchmark.
     """
     path = folder / FILE
     if not path.exists():
         return None
+    if (command := _other_command(path)) is not None:
+        raise ConfigError(f"{folder}: {_held(command)}; name the folder of a `run` or `sweep`")
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise ConfigError(
-            f"{path}: no result of this benchmark; remove it or choose another --out ({error})"
+            f"{path}: no result of this benchmark that can be read; choose another folder ({error})"
         ) from error
+
+
+def leave_others(folder: Path, command: str) -> None:
+    """Refuse to write a command's `FILE` over one that is not its own.
+
+    Args:
+        folder: where it would be written.
+        command: one of `OTHERS`.
+
+    Raises:
+        ConfigError: if there is the result of another command.
+    """
+    path = folder / FILE
+    if path.exists() and (found := _other_command(path)) != command:
+        held = "holds the result of a `run`, or another file" if found is None else _held(found)
+        raise ConfigError(f"{folder}: {held}; choose another --out")
+
+
+def _other_command(path: Path) -> str | None:
+    """Which of `OTHERS` has written a file; None for any other file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    return next((command for command, entry in OTHERS.items() if entry in found), None)
+
+
+def _held(command: str) -> str:
+    """What a folder holds, and what shows it."""
+    shown = (
+        "prints its tables again with the same --out"
+        if command == "curvature"
+        else f"has printed its table; the figures are in {FILE}"
+    )
+    return f"holds the result of `python -m benchmarks {command}`, which {shown}"
 
 
 def write_result(result: Result, folder: Path) -> Path:

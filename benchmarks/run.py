@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,8 @@ def _here(bench: Bench, jobs: Sequence[Job], start: Start, listener: JobListener
                 methods[job.method],
                 job.seed,
                 start,
-                lambda step, loss, job=job: listener.on_step(job, step, loss),  # type: ignore[misc]
-                lambda point, job=job: listener.on_point(job, point),  # type: ignore[misc]
+                partial(listener.on_step, job),
+                partial(listener.on_point, job),
             )
         except DivergedError as error:  # what the method did, no fault of this process
             listener.on_failure(job, told(error))

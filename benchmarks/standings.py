@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.config import BASELINE, ConfigError, MethodConfig, RunConfig, SweepConfig
 from benchmarks.frontier import Interval, Matched, Outcome, Samples, matched
-from benchmarks.records import FILE, Record, RefusalNLL, Result, read_result
+from benchmarks.records import FILE, Record, RefusalNLL, Result, Span, read_result
 from benchmarks.separation import interval
 from benchmarks.sweep import CONFIG, LONG, TEST, VAL
 
@@ -245,8 +245,8 @@ def _row(
         refusal=mean(lambda r: r.refusal_rate.end),
         over_refusal=mean(lambda r: r.over_refusal_rate.end),
         harmless_kl=measured(lambda r: r.harmless_kl),
-        task_metric=measured(lambda r: r.task_metric and r.task_metric.end),
-        separation=measured(lambda r: r.separation and r.separation.end),
+        task_metric=measured(lambda r: _end(r.task_metric)),
+        separation=measured(lambda r: _end(r.separation)),
         separation_interval=_separation_interval([record.refusal_nll for record in records]),
         seconds=training,
         share=mean(lambda r: r.seconds.safety) / training if training > 0 else 0.0,
@@ -261,3 +261,8 @@ def _row(
         else None,
         long_task=mean(lambda r: r.task_loss.end, long) if long else None,
     )
+
+
+def _end(span: Span | None) -> float | None:
+    """The figure after training, where the config asks for it."""
+    return None if span is None else span.end

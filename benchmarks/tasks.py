@@ -95,8 +95,7 @@ def material(config: RunConfig, tokenizer: Any) -> Material:
 
 def refusal_row(tokenizer: Any, prompt: str) -> Row:
     """A prompt with the refusal that an aligned model gives to harmful ones."""
-    encoded = encode(tokenizer, _chat(prompt, REFUSAL), PROMPT_LENGTH)
-    return Row(input_ids=list(encoded["input_ids"]), labels=list(encoded["labels"]))
+    return encode(tokenizer, _chat(prompt, REFUSAL), PROMPT_LENGTH)
 
 
 def batches(
@@ -136,8 +135,7 @@ def task_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def _task_rows(task: TaskConfig, tokenizer: Any, *, dry: bool) -> list[Row]:
     examples = examples_of(task, dry=dry)
     random.Random(0).shuffle(examples)
-    encoded = [encode(tokenizer, example, task.max_length) for example in examples]
-    rows = [Row(input_ids=list(e["input_ids"]), labels=list(e["labels"])) for e in encoded]
+    rows = [encode(tokenizer, example, task.max_length) for example in examples]
     return [
         row
         for row in rows

@@ -125,7 +125,8 @@ def render(
             add_generation_prompt=add_generation_prompt,
             date_string=_DAY.strftime("%d %b %Y"),
         )
-    except (TemplateError, TypeError) as error:
+    # What the expressions of a template, a small program, can end in.
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"chat template: it does not take a conversation of the roles {roles} ({error}); the "

@@ -78,7 +78,10 @@ def read_examples(path: str | Path, *, need_response: bool = True) -> list[ChatE
                 if text.strip():
                     examples.append(chat_example(json.loads(text), need_response=need_response))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+                raise ValueError(
+                    f"{path}:{number}: not valid JSON ({error.msg}, character {error.pos + 1}); "
+                    f"expected one JSON object a line ({_FORMS})"
+                ) from None
             except RecursionError:
                 raise ValueError(f"{path}:{number}: not valid JSON (nested too deeply)") from None
             except UnicodeDecodeError as error:

@@ -285,11 +285,17 @@ ALONE = Layout([])
 def undivided(model: nn.Module) -> tuple[nn.Module, dist.ProcessGroup | None]:
     """The module inside of ``DistributedDataParallel`` and its ranks; others are left as they are.
 
+    Inside of ``DataParallel``, too: its copies on other devices would be hidden from hooks, and
+    safety examples are too few to divide.
+
     Raises:
         TypeError: for wrappers that cannot be supported, naming the alternative.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.module, model.process_group
+    wrapper = getattr(model, "_orig_mod", model)  # it may have been compiled after it was wrapped
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        return wrapper.module, wrapper.process_group
+    if isinstance(wrapper, nn.DataParallel):
+        model = wrapper.module
     refuse_unsupported(model)
     return model, None
 

@@ -191,8 +191,8 @@ def response_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         lengths = mask.sum(-1)
         raise ValueError(
             f"attention_mask: rows of {int(lengths.min())} to {int(lengths.max())} tokens in "
-            f"{length}, and {type(model).__name__} may take padding for tokens; give it rows of "
-            "one length, without padding, as SafetyProbe does"
+            f"{length}, and {type(_unwrapped(model)).__name__} may take padding for tokens; give "
+            "it rows of one length, without padding, as SafetyProbe does"
         )
     if mask is not None and "position_ids" not in inputs and takes_positions(model):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -216,15 +216,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 def forward_arguments(model: Any) -> frozenset[str]:
     """Names that the model's forward accepts, behind PEFT, data-parallel and compiled modules."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return frozenset(inspect.signature(model.forward).parameters)
+    return frozenset(inspect.signature(_unwrapped(model).forward).parameters)
 
 
 def takes_positions(model: nn.Module) -> bool:
@@ -246,7 +238,7 @@ def reads_padding(model: nn.Module) -> bool:
     cannot be seen from outside, so those that were compared are known by name (Mamba, BLOOM, MPT).
     A model without a config is the caller's own, and is to leave padding out by ``attention_mask``.
     """
-    config = getattr(model, "config", None)
+    config = getattr(_unwrapped(model), "config", None)
     if config is None or getattr(config, "model_type", None) in _EXACT:
         return False
     return "recurrent" in (getattr(config, "block_types", None) or ()) or not takes_positions(model)
@@ -264,6 +256,19 @@ def trimmed(batch: Batch) -> Batch:
     if bool(columns.all()) or not bool(columns.any()):
         return batch
     return {name: x[:, columns] if x.shape == mask.shape else x for name, x in batch.items()}
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside of PEFT's, data-parallel and compiled modules."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _outside_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -46,6 +46,9 @@ def load_causal_lm(
             f"{given}: this folder holds an adapter; merge it into its base model "
             "(peft: merge_and_unload) and give the merged model"
         )
+    results = [folder for folder in (path / "adapter", path / "model") if folder.is_dir()]
+    if results and not (path / "config.json").exists():
+        raise ValueError(f"{given}: this is the folder of a run; give its result, {results[0]}")
     source = str(path.parent) if where else name_or_path
     renamed = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
     try:

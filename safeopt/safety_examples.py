@@ -41,15 +41,28 @@ def read_safety_batches(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is malformed, or the model does not refuse the prompts.
+        ValueError: if a file is malformed, the files share a prompt, or the model does not refuse
+            the prompts.
     """
-    examples = with_refusals(
-        model, tokenizer, read_examples(safety, need_response=False), str(safety)
-    )
+    harmful = read_examples(safety, need_response=False)
     held = [] if harmless is None else read_examples(harmless, need_response=False)
+    check_disjoint(harmful, held)
+    examples = with_refusals(model, tokenizer, harmful, str(safety))
     refused = as_batches(tokenizer, answered_alike(held, examples))
     check_batches(model, refused, f"harmless: a prompt in {harmless} with the refusal")
     return as_batches(tokenizer, examples), refused
+
+
+def check_disjoint(harmful: Sequence[ChatExample], harmless: Sequence[ChatExample]) -> None:
+    """Raise a ValueError for a prompt that is to be refused and not to be refused."""
+    prompts = {str(example.prompt) for example in harmful}
+    both = [example for example in harmless if str(example.prompt) in prompts]
+    if both:
+        raise ValueError(
+            f"harmless: {len(both)} of {len(harmless)} prompts are safety prompts, too, such as "
+            f"{both[0].prompt[-1]['content'][:40]!r}; a prompt is to be refused or it is not, so "
+            "leave it in one of the two files"
+        )
 
 
 def answered_alike(

@@ -24,7 +24,15 @@ from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.replay import Replay, ReplayOptions
 from benchmarks.models import trainable
 from benchmarks.plots import COLORS, look, plots
-from benchmarks.records import Failure, Result, Span, read_result, write_result
+from benchmarks.records import (
+    OTHERS,
+    Failure,
+    Result,
+    Span,
+    leave_others,
+    read_result,
+    write_result,
+)
 from benchmarks.report import report
 from benchmarks.run import alone, continued, run
 from benchmarks.tasks import batches, material, single_batches, task_loss
@@ -338,6 +346,25 @@ def test_one_process_at_a_time_works_on_a_result(tmp_path: Path, command: str):
     with alone(tmp_path), pytest.raises(ConfigError, match="another process is working on"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_a_folder_of_another_command_is_named_and_left_as_it_is(tmp_path: Path, command: str):
+    results, tiny = CONFIGS.parent / "results", str(CONFIGS / "demo-tiny.yaml")
+    content = (results / command / "result.json").read_bytes()
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+    for call in (["report", str(tmp_path)], ["run", tiny, "--out", str(tmp_path)]):
+        with pytest.raises(ConfigError, match=f"result of `python -m benchmarks {command}`"):
+            CliRunner().invoke(app, call, catch_exceptions=False)
+    leave_others(tmp_path, command)
+    assert path.read_bytes() == content
+    given = {"monitor": [tiny], "overhead": ["--config", tiny], "curvature": ["--tiny"]}
+    call = [command, *given[command], "--out", str(tmp_path)]
+    for other in [*(set(OTHERS) - {command}), "demo"]:
+        path.write_bytes((results / other / "result.json").read_bytes())
+        with pytest.raises(ConfigError, match=r"holds the result of .* choose another --out"):
+            CliRunner().invoke(app, call, catch_exceptions=False)
 
 
 def test_runs_that_are_missing_are_told(tmp_path: Path, config: RunConfig):

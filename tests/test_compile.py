@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from crash_run import Net, losses
 from optimizer_table import OPTIMIZERS, build
 from tiny_models import (
@@ -17,9 +18,11 @@ from tiny_models import (
     trainable,
     with_lora,
 )
+from torch import nn
 
 from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, SafetySAM
 from safeopt.curvature.operators import HessianOperator
+from safeopt.distributed import undivided
 
 STEPS = 5
 
@@ -138,6 +141,22 @@ def test_padding_does_not_matter_to_a_compiled_model():
     model = tiny_gpt2().eval()
     values = [SafetyProbe(m, [safety_batch()]).values() for m in (model, torch.compile(model))]
     assert torch.equal(*values)
+
+
+def test_a_model_that_was_wrapped_before_it_was_compiled(tmp_path):
+    """Accelerate does both in this order. Its ranks share the examples as those of plain DDP do."""
+    model = tiny_llama()
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        found = undivided(torch.compile(wrapped, backend="eager"))
+        assert found == (model, wrapped.process_group)
+    finally:
+        dist.destroy_process_group()
+    parallel = torch.compile(nn.DataParallel(model), backend="eager")
+    assert undivided(parallel) == (model, None)
 
 
 def test_products_of_a_compiled_model():

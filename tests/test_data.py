@@ -42,7 +42,8 @@ def test_an_input_follows_its_instruction(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{not json", "data.jsonl:2: not valid JSON"),
+        ("{not json", r"data.jsonl:2: not valid JSON \(.*character 2\); expected one JSON"),
+        ("[", r"data.jsonl:2: not valid JSON \(.*\); expected one JSON object a line"),
         ("[1]", "data.jsonl:2: expected a JSON object"),
         ({"question": "?"}, r"data.jsonl:2: found the keys \['question'\]"),
         ({"prompt": "  ", "response": "x"}, "data.jsonl:2: prompt: expected a text"),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 
 import datasets
 import pytest
+import typer
 from documents import Block, added, blocks, versions, world, write_files
 from transformers import training_args
 
 import safeopt
+from safeopt.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -68,6 +71,20 @@ def test_blocks_are_found_and_a_failing_one_names_its_line(tmp_path):
 def test_a_diff_is_two_scripts():
     assert versions(" a\n-b\n+c\n+d\n") == ("a\nb\n", "a\nc\nd\n")
     assert added(" a\n-b\n+c\n+d\n") == 2
+
+
+def test_the_commands_that_are_shown_have_the_options_they_are_given():
+    commands = typer.main.get_command(app).commands
+    shown = []
+    for block in BLOCKS:
+        if block.language == "sh":
+            lines = block.code.replace("\\\n", " ").splitlines()
+            words = [shlex.split(line, comments=True) for line in lines]
+            shown += [line for line in words if line[:1] == ["safeopt"]]
+    assert {line[1] for line in shown} == set(commands)
+    for _, name, *given in shown:
+        known = {option for each in commands[name].params for option in each.opts}
+        assert {word for word in given if word.startswith("--")} <= known, (name, given)
 
 
 def test_the_table_of_integrations_names_tests_and_examples_that_exist():

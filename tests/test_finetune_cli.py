@@ -264,6 +264,14 @@ def test_a_chat_template_that_cannot_be_read_is_named(files, tmp_path):
             prepare(config(files, tmp_path / "out", chat_template=path))
 
 
+@pytest.mark.parametrize("expression", ["1 / 0", "messages[9].content", "none + 1", "x.y.z"])
+def test_a_chat_template_that_ends_in_an_error_is_named(files, tmp_path, expression):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ " + expression + " }}", encoding="utf-8")
+    with pytest.raises(ValueError, match="chat template: it does not take a conversation"):
+        prepare(config(files, tmp_path / "out", chat_template=template))
+
+
 def test_a_chat_template_that_drops_the_messages_is_named(files, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("hello", encoding="utf-8")
@@ -342,6 +350,14 @@ def test_tokens_that_the_model_does_not_know_are_refused(files, tmp_path, name):
         prepare(config(files, tmp_path / "out", model=str(model), **{name: path}))
 
 
+def test_a_prompt_is_to_be_refused_or_it_is_not(files, tmp_path):
+    both = tmp_path / "harmless.jsonl"
+    parts = [(files / f"{name}.jsonl").read_text("utf-8") for name in ("harmless", "safety")]
+    both.write_text("\n".join(parts), encoding="utf-8")
+    with pytest.raises(ValueError, match="harmless: 16 of 24 prompts are safety prompts, too"):
+        prepare(config(files, tmp_path / "out", harmless=both))
+
+
 def test_a_safety_conversation_needs_its_refusal(files, tmp_path):
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     path = tmp_path / "safety.jsonl"
@@ -360,6 +376,40 @@ def test_the_report_says_what_the_run_did_to_alignment(files, tmp_path):
     assert plain.report["alignment_loss"]["end"] != safe["start"], (
         "measured without protection, too"
     )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "words"),
+    [
+        ("adamw", "1e37", "failed: the model is ruined: its losses are no finite numbers; start"),
+        ("projected-adamw", "0.5", "failed: alignment was not kept: its loss has risen by "),
+        ("adamw", "0.5", None),
+    ],
+)
+def test_a_result_that_is_not_to_be_used_fails(files, tmp_path, optimizer, rate, words):
+    chosen = ("--optimizer", optimizer, "--learning-rate", rate, "--logging-steps", "2")
+    done = CliRunner().invoke(app, arguments(files, tmp_path, *chosen), catch_exceptions=False)
+    assert done.exit_code == (0 if words is None else 1), done.output
+    report = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert report["finished"]
+    assert (tmp_path / "curves.png").exists()
+    if words is None:
+        assert "failed" not in done.output
+        assert report["failure"] is None
+    else:
+        assert words in done.output
+        assert f"failed: {report['failure']}\n" in done.output
+
+
+def test_too_little_memory_is_one_sentence(files, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr("safeopt.finetuning.run.run", full)
+    done = CliRunner().invoke(app, arguments(files, tmp_path / "out"))
+    assert done.exit_code == 2
+    assert "error: the device has no memory left (CUDA out of memory. Tried to" in done.output
+    assert "a smaller --batch-size" in done.output
 
 
 @pytest.mark.parametrize(

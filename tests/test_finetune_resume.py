@@ -14,6 +14,7 @@ from test_finetune_cli import SHORT, contents, finished
 from typer.testing import CliRunner
 
 from safeopt.cli.app import app
+from safeopt.cli.finetune import _description
 from safeopt.finetuning.prepare import prepare
 from safeopt.finetuning.run import run
 
@@ -29,7 +30,9 @@ def test_a_finished_run_takes_no_further_step(steps, finished, files, tmp_path):
     )
     assert again.finished
     last = [entry["loss"] for entry in again.report["log"] if "loss" in entry][-1]
-    assert [(x.step, x.max_steps, x.task_loss) for x in shown] == [(4, steps, last)]
+    expected = (4, steps, last, None)  # no time was spent that safety could have had a share of
+    assert [(x.step, x.max_steps, x.task_loss, x.safety_share) for x in shown] == [expected]
+    assert "of the time" not in _description(shown[0])
     assert again.report["steps"] == 4
     assert not (out / "checkpoint-5").exists()
     before = json.loads((finished / "run.json").read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ class Dense:
         self.trial, self.pool, self.config, self.policy = rota.trial, rota._pool, config, policy
         self.x, self.history, self.window = start.copy(), [], []
         self.steps = self.last = self.drawn = self.checked = 0
-        self.squares, self.travelled = np.zeros(len(start)), 0.0
+        self.squares, self.task, self.travelled = np.zeros(len(start)), np.zeros(len(start)), 0.0
 
     def losses(self, indices):
         d = self.x - self.start
@@ -79,15 +79,18 @@ class Dense:
     def move_window(self, change):
         self.window = [(row, loss + row @ change) for row, loss in self.window]
 
-    def pull(self, rate):
-        self.travelled += rate
-        relative = self.squares / self.squares[self.squares > 0].mean()
-        weight = self.config["elastic"] * rate / self.travelled * relative
-        self.x = self.origin + (self.x - self.origin) / (1 + weight)
+    def pull(self, rate, gradient):
+        self.travelled, self.task = self.travelled + rate, self.task + gradient**2
+        safety = self.squares / self.squares[self.squares > 0].mean()
+        task = self.task / self.task[self.task > 0].mean()
+        weight = self.config["elastic"] * rate / self.travelled * safety
+        if not weight.any():
+            return
+        self.x = (task * self.x + weight * self.origin) / (task + weight)
 
-    def after(self, rate, refreshes):
+    def after(self, rate, gradient, refreshes):
         self.steps += 1
-        self.pull(rate)
+        self.pull(rate, gradient)
         c = self.basis.T @ (self.x - self.anchor)
         mapped = self.map(c)
         self.x = self.x + self.basis @ (mapped - c)
@@ -219,7 +222,11 @@ def test_whatever_the_user_does(name, seed, monkeypatch):
         plain.step()
         dense.x = torch.cat([p.detach().flatten() for p in twins]).numpy()
         if moves:
-            dense.after(rate, not failed)
+            seen = [
+                torch.zeros_like(piece) if none else piece
+                for none, piece in zip(missing, pieces, strict=True)
+            ]
+            dense.after(rate, torch.cat(seen).numpy(), not failed)
 
     model, optimizer = start()
     dense = Dense(directions, sharpness, model.start.numpy(), optimizer.safety.rota, config, policy)

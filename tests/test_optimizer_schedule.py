@@ -188,7 +188,7 @@ def test_restore_looks_at_up_to_twice_as_many_examples(name):
 @names
 def test_restore_measures_the_trial_examples(name):
     """Also right after a scheduled refresh; and again only after another step."""
-    for refresh, expected in ((NEVER, [True, False]), (RefreshPolicy.fixed(3), [False])):
+    for refresh, expected in ((NEVER, [False, True]), (RefreshPolicy.fixed(3), [False])):
         model, optimizer = build(name, refresh=refresh, budget=math.inf)
         first = optimizer.restore()
         assert (first.step, optimizer.safety.passes.backward) == (0, 1)
@@ -224,6 +224,7 @@ def test_restore_ends_after_two_rounds(name, caplog):
     assert len(seen) <= 1 + 4 + 1 * (1 + 3)  # each round: one look, up to three lengths
     assert optimizer.safety.passes.forward - before == len(seen)
     assert "restore: the trial examples' alignment loss is" in caplog.text
+    assert "% of the rise is left" in caplog.text
     assert optimizer.restore() is measured
 
 

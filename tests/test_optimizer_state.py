@@ -87,9 +87,11 @@ def test_lora_resumes_bit_for_bit(curvature, dtype):
 
 @pytest.mark.parametrize("basis", ["dense", "int8", "factored", "compressed"])
 def test_every_kind_of_basis_resumes_bit_for_bit(basis):
+    elastic = float(basis in ("dense", "int8"))  # the others pull nothing
+
     def start(kind=basis):
         model = tiny_llama(hidden=48, layers=1, tied=True)
-        return build("safeguard(AdamW)", model=model, basis=kind, **OPTIONS)
+        return build("safeguard(AdamW)", model=model, basis=kind, elastic=elastic, **OPTIONS)
 
     model, optimizer = start()
     run(model, optimizer, 6)
@@ -243,6 +245,16 @@ BAD_STATES = {
     "reference": replaced("low", "safety", "reference"),
     "step_count": replaced(-1, "safety", "step_count"),
     "drawn": replaced(1.5, "safety", "drawn"),
+    "drawn beyond a float": replaced(10**400, "safety", "drawn"),
+    "travelled": replaced(None, "safety", "travelled"),
+    "travelled backwards": replaced(-1.0, "safety", "travelled"),
+    "travelled beyond a float": replaced(10**400, "safety", "travelled"),
+    "no reference measured": replaced(None, "safety", "reference"),
+    "no odds measured": replaced(None, "safety", "reference_odds"),
+    "no trial measured": replaced(None, "safety", "trial_reference"),
+    "refreshed in the future": replaced(10**6, "safety", "last_refresh"),
+    "checked in the future": replaced(10**6, "safety", "checked"),
+    "no first look": replaced([], "safety", "history"),
     "history entry": replaced([[0, 1.0]], "safety", "history"),
     "history value": replaced([[0, torch.nan, None, None, 1]], "safety", "history"),
     "passes": replaced({"forward": 1, "evil": 2}, "safety", "passes"),
@@ -257,6 +269,14 @@ BAD_STATES = {
     "anchor": replaced(lambda x: x[1:], *SUBSPACE, "anchor"),
     "anchor nan": replaced(not_finite, *SUBSPACE, "anchor"),
     "position": replaced(lambda x: x[1:], *SUBSPACE, "position"),
+    "coarse position": replaced(lambda x: x.float(), *SUBSPACE, "position"),
+    "coarse gradient": replaced(lambda x: x.half(), *SUBSPACE, "gradient"),
+    "sparse anchor": replaced(lambda x: x.to_sparse(), *SUBSPACE, "anchor"),
+    "sparse targets": replaced(lambda x: x.to_sparse(), *SUBSPACE, "targets"),
+    "sparse basis": replaced(lambda b: [x.to_sparse() for x in b], *SUBSPACE, "basis", "blocks"),
+    "anchor without numbers": replaced(lambda x: x.to("meta"), *SUBSPACE, "anchor"),
+    "negative eigenvalues": replaced(lambda x: -x, *SUBSPACE, "eigenvalues"),
+    "negative tokens": replaced(lambda x: -x, *SUBSPACE, "tokens"),
     "coefficients": replaced(lambda x: x.T[:, :2], *SUBSPACE, "coefficients"),
     "losses": replaced(lambda x: x[1:], *SUBSPACE, "losses"),
     "targets": replaced(lambda x: x[1:], *SUBSPACE, "targets"),
@@ -353,6 +373,10 @@ def test_errors_say_which_entry_does_not_fit():
         ("no safety", 'no "safety" entry; it was saved by an unprotected optimizer'),
         ("version", "version 99"),
         ("no reference", "reference is missing"),
+        ("travelled", "travelled=None; expected a number of at least 0"),
+        ("no trial measured", "trial_reference=None beside a subspace"),
+        ("refreshed in the future", "last_refresh=1000000; expected at most step_count=1"),
+        ("coarse position", r'\["position"\]: torch.float32, .*expected a dense float64 tensor'),
         ("anchor", r'\["anchor"\]: shape \(\d+,\), expected \(\d+,\)'),
         ("a block short", "do not fit the parameters"),
     ):

@@ -209,7 +209,7 @@ def test_the_command_prints_every_figure():
         env={"COLUMNS": "120"},
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "qwen3-1.7b: all parameters, k=16, on each of 2 devices" in result.output
+    assert "qwen3-1.7b: all parameters, 16 directions, on each of 2 devices" in result.output
     for word in (
         "1,720.6 M",
         "basis: dense",
@@ -223,7 +223,9 @@ def test_the_command_prints_every_figure():
     assert "quantised" not in result.output
     for wrong, words in (
         (("--rank", "0"), "rank=0: expected at least 1"),
-        (("--full", "--lora", "8"), "full, lora=8: all parameters or an adapter, not both"),
+        (("--full", "--lora", "8"), "full, lora_rank=8: all parameters or an adapter, not both"),
+        (("--full", "--lora-rank", "8"), "full, lora_rank=8: all parameters or an adapter"),
+        (("--lora-rank", "0"), "lora_rank=0: expected at least 1"),
     ):
         result = CliRunner().invoke(app, ["plan", "--model", "qwen3-1.7b", *wrong])
         assert result.exit_code == 2

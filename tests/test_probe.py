@@ -287,6 +287,17 @@ def test_only_one_length_a_pass_where_padding_would_be_seen(name, sizes):
     assert probe.passes.forward == 3 + 3, "the reference is taken likewise"
 
 
+def test_a_data_parallel_model_is_taken_for_the_model_inside():
+    """It has no config of its own, and on several devices its copies would be hidden from hooks."""
+    model = of_family("Roberta", is_decoder=True, pad_token_id=1, **ATTENTION)
+    batch, parallel = safety_batch(), nn.DataParallel(model)
+    probe = SafetyProbe(parallel, [batch])
+    assert probe.model is model
+    assert torch.equal(probe.values(), SafetyProbe(model, [batch]).values())
+    with pytest.raises(ValueError, match="RobertaForCausalLM may take padding for tokens"):
+        refusal_nll(parallel, batch)
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

@@ -215,6 +215,23 @@ def test_wrong_arguments_are_one_sentence(files, forgotten, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_the_folder_of_a_run_is_told_from_its_result(files, forgotten, tmp_path):
+    for result in forgotten.values():
+        done = invoke(*arguments(files, result.parent, tmp_path / "out"))
+        assert done.exit_code == 2, done.output
+        assert f"model={result.parent}: this is the folder of a run; give its result, {result}" in (
+            done.output
+        )
+
+
+def test_a_prompt_is_to_be_refused_or_it_is_not(files, forgotten, tmp_path):
+    both = ("--harmless", str(files / "safety.jsonl"))
+    done = invoke(*arguments(files, forgotten[False], tmp_path / "out", *both))
+    assert done.exit_code == 2, done.output
+    assert "harmless: 16 of 16 prompts are safety prompts, too" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_few_safety_prompts_are_named(files, forgotten, tmp_path):
     few = tmp_path / "safety.jsonl"
     lines = (files / "safety.jsonl").read_text(encoding="utf-8").splitlines()

@@ -14,6 +14,7 @@ from optimizer_table import copies, equal
 from torch import nn
 
 from safeopt import RefreshPolicy, SafetyProbe, safeguard
+from safeopt.distributed import Layout
 
 SAFETY = {"rank": 4, "trial_examples": 2, "refresh": RefreshPolicy.fixed(3), "budget": 0.0}
 TORCH = ["SGD", "Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Adafactor", "Muon"]
@@ -122,6 +123,42 @@ def test_other_ways_to_evaluate_at_another_point_are_refused(base, monkeypatch):
     model, _, optimizer = build("other")
     with pytest.raises(TypeError, match=f"optimizer={base.__name__}: it evaluates at another"):
         train(model, optimizer, 1)
+
+
+def test_a_refresh_that_fails_needs_no_other_rank(monkeypatch):
+    """z is where the map has brought it: after an error there is no sum over the ranks."""
+
+    def summed(*args):
+        raise AssertionError("the other ranks are waited for")
+
+    def failing(*args):
+        monkeypatch.setattr(Layout, "sum", summed)
+        raise RuntimeError("in the middle")
+
+    model, _, optimizer = build("schedulefree.AdamWScheduleFree", mode="project")
+    train(model, optimizer, 2)
+    monkeypatch.setattr("safeopt.optim.geometry.estimate", failing)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        train(model, optimizer, 1)
+    monkeypatch.undo()
+    params, subspace = list(model.parameters()), optimizer.safety.subspace
+    assert optimizer.param_groups[0]["train_mode"]
+    for point in (params, [optimizer.state[p]["z"] for p in params]):
+        assert subspace.coordinates(point).abs().max() < 1e-6
+
+
+def test_a_parameter_that_is_not_finite_spoils_no_other_one():
+    model, _, optimizer = build("schedulefree.AdamWScheduleFree")
+    train(model, optimizer, 2)
+    optimizer.train()
+    optimizer.zero_grad()
+    model.losses(torch.arange(10, 24)).mean().backward()
+    with torch.no_grad():
+        model.first.weight[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="parameters are not finite"):
+        optimizer.step()
+    assert [int((~p.isfinite()).sum()) for p in model.parameters()] == [1, 0]
+    assert all(optimizer.state[p]["z"].isfinite().all() for p in model.parameters())
 
 
 @names

@@ -220,12 +220,61 @@ def test_wrong_options_are_told_before_training(tmp_path, options, error, messag
     assert trainer.optimizer_cls_and_kwargs is None
 
 
+@pytest.mark.parametrize("again", [{}, {"optimizer": "safety-sam"}], ids=["same", "another"])
+def test_a_second_protection_is_refused_and_leaves_the_first(tmp_path, again):
+    """As in a notebook's cell that is run twice: told at once, and the run still starts."""
+    trainer = guarded(tmp_path, "projected-adamw")
+    with pytest.raises(ValueError, match="trainer: it is protected already; call protect once"):
+        protect(trainer, tiny_probe(trainer.model), **again)
+    trainer.train()
+    assert isinstance(base_optimizer(trainer), ProjectedAdamW)
+    assert safety_of(base_optimizer(trainer)).step_count == 4
+
+
 @pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise"])
 def test_optimizers_that_step_in_the_backward_pass_are_refused(tmp_path, name):
     """Their gradients are gone when their step is called: every step would seem to move nothing."""
     trainer = build(tmp_path, optim=name)
     with pytest.raises(ValueError, match=f'optim="{name}": it moves the parameters inside'):
         protect(trainer, tiny_probe(trainer.model))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "processing_class: the trainer has no tokenizer"),
+        (SimpleNamespace(tokenizer=tiny_tokenizer()), "processing_class=SimpleNamespace: it is no"),
+    ],
+    ids=["none", "processor"],
+)
+def test_prompts_are_not_read_without_a_tokenizer(files, given, message):
+    trainer = build(files / "out", model=aligned())
+    trainer.processing_class = given
+    with pytest.raises(ValueError, match=message):
+        protect(trainer, files / "prompts.jsonl")
+
+
+def test_several_devices_of_one_process(tmp_path):
+    """Trainer wraps the model in `DataParallel` by itself; on a CPU that runs the model inside.
+
+    It also divides the loss by the devices' number, as if all had a part: Adam hardly notices.
+    """
+    measured = []
+    for devices in (1, 2):
+        trainer = guarded(
+            tmp_path,
+            "safety-sam",
+            options={"mode": "two_pass", "rho": 0.1},
+            per_device_train_batch_size=4 // devices,
+        )
+        if devices > 1:
+            trainer.args._n_gpu = devices
+            trainer._train_batch_size = trainer.args.train_batch_size
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, torch.nn.DataParallel) == (devices > 1)
+        measured.append([x.alignment_loss for x in safety_of(base_optimizer(trainer)).history])
+    assert measured[1] == pytest.approx(measured[0], rel=1e-4)
+    assert len(measured[0]) > 2
 
 
 def test_a_model_that_training_makes_anew_is_refused(tmp_path):

@@ -7,13 +7,13 @@ import gc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import psutil
 import torch
 from torch import nn
 
-from benchmarks.curvature.peers import Operator, Peer, Problem, Solved, run_peer
+from benchmarks.curvature.peers import Operator, Peer, Problem, Solved, Solver, run_peer
 from benchmarks.curvature.records import EigenpairsRow
 from benchmarks.curvature.timing import Stopwatch
 from benchmarks.environment import PeakMemory
@@ -21,7 +21,7 @@ from safeopt.curvature.krylov import Eigenpairs, lanczos
 from safeopt.curvature.operators import GGNOperator, HessianOperator
 from safeopt.curvature.tracking import drift
 
-LOSS = "causal_lm"
+LOSS: Final = "causal_lm"
 OURS = "safeopt"
 
 
@@ -52,7 +52,7 @@ class Calls:
 
 def operator_of(problem: Problem, kind: Operator) -> HessianOperator | GGNOperator:
     """Our operator for a problem."""
-    build = {"hessian": HessianOperator, "ggn": GGNOperator}[kind]
+    build = HessianOperator if kind == "hessian" else GGNOperator
     return build(problem.model, [problem.batch], LOSS, params=problem.params)
 
 
@@ -89,7 +89,7 @@ class WarmStart:
         return drift(operator_of(problem, kind), self._earlier)
 
 
-def theirs(peer: Peer) -> Callable[[Problem, Operator], Solved]:
+def theirs(peer: Peer) -> Solver:
     """A peer's solver."""
     return lambda problem, kind: run_peer(peer, problem, kind)
 
@@ -105,7 +105,7 @@ def measure(
     kind: Operator,
     start: Literal["cold", "warm"],
     problem: Problem,
-    solve: Callable[[Problem, Operator], Solved],
+    solve: Solver,
     listener: Callable[[int], None],
 ) -> tuple[EigenpairsRow, dict[str, Any]]:
     """Run one solver.

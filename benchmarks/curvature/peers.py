@@ -69,6 +69,9 @@ class Solved:
     time: Time | None = None
 
 
+Solver = Callable[[Problem, Operator], Solved]
+
+
 @dataclass(frozen=True)
 class Peer:
     """A peer.
@@ -85,7 +88,7 @@ class Peer:
     package: str
     module: str
     operators: tuple[Operator, ...]
-    solve: Callable[[Problem, Operator], Solved]
+    solve: Solver
 
 
 def version(package: str) -> str | None:
@@ -133,10 +136,10 @@ def silu_by_parts(model: nn.Module) -> Iterator[int]:
     Yields:
         How many activations were rewritten.
     """
-    found = [module for module in model.modules() if isinstance(module, nn.SiLU)]
+    found: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.SiLU)]
     found += [m for m in model.modules() if type(m).__name__ == "SiLUActivation"]
     for module in found:
-        module.forward = _silu  # type: ignore[method-assign]
+        module.forward = _silu
     try:
         yield len(found)
     finally:

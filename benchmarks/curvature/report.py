@@ -19,6 +19,8 @@ from safeopt.files import write_whole
 PAGE = "report.md"
 TITLES = {"hessian": "Hessian", "ggn": "Gauss-Newton"}
 Cells = list[list[str]]
+# Title, head and rows.
+Titled = tuple[str, Sequence[str], Cells]
 
 
 def report(folder: Path, console: Console) -> Path:
@@ -51,9 +53,10 @@ def plots(result: CurvatureResult, details: Details) -> dict[str, Figure]:
     return figures
 
 
-def _tables(result: CurvatureResult, details: Details) -> list[tuple[str, Sequence[str], Cells]]:
+def _tables(result: CurvatureResult, details: Details) -> list[Titled]:
     setting = details.setting
-    found = [
+    head: Sequence[str]
+    found: list[Titled] = [
         (
             f"Top {setting['rank']} eigenpairs to a residual of {setting['tolerance']:.0e}",
             ("implementation", "operator", "start", "processor s", "wall s", "products",
@@ -175,7 +178,7 @@ def _printed(title: str, head: Sequence[str], cells: Cells) -> Table:
     return table
 
 
-def _markdown(tables: Sequence[tuple[str, Sequence[str], Cells]], details: Details) -> str:
+def _markdown(tables: Sequence[Titled], details: Details) -> str:
     environment = details.environment
     lines = [
         "# Curvature: figures of one run",

@@ -22,7 +22,14 @@ from benchmarks.curvature.aic import AIC_PEER, measure_aic
 from benchmarks.curvature.eigenpairs import OURS, WarmStart, measure, ours, theirs
 from benchmarks.curvature.gram import measure_gram
 from benchmarks.curvature.memory import measure_memory
-from benchmarks.curvature.peers import PEERS, Operator, PeerMissingError, Problem, version
+from benchmarks.curvature.peers import (
+    PEERS,
+    Operator,
+    PeerMissingError,
+    Problem,
+    Solver,
+    version,
+)
 from benchmarks.curvature.problem import Bench, Setting, adamw_steps
 from benchmarks.curvature.records import (
     DETAILS,
@@ -70,52 +77,63 @@ def run(setting: Setting, out: Path, console: Console) -> CurvatureResult:
     """
     folder = out / PARTS
     _claim(folder, setting)
-    names = [name for name, _ in _jobs(None)]
-    found = {name: part for name in names if (part := _read(folder / f"{name}.json"))}
-    if len(found) < len(names):
+    jobs = _jobs()
+    found = {name: part for name in jobs if (part := _read(folder / f"{name}.json"))}
+    if len(found) < len(jobs):
         here = environment()
         origin = Origin(commit=here["commit"], processor=here["processor"])
         with console.status(f"loading {setting.model}"):
-            bench = Bench(setting)
+            eigen = _Eigen(Bench(setting))
         with _progress(console) as progress:
-            bar = progress.add_task("", total=len(names), completed=len(found), state="")
-            for name, job in _jobs(bench):
+            bar = progress.add_task("", total=len(jobs), completed=len(found), state="")
+            for name, job in jobs.items():
                 if name not in found:
                     progress.update(bar, description=name, state="")
                     found[name] = _run_part(
-                        job, lambda n: progress.update(bar, state=f"{n} model calls")
+                        job, eigen, lambda n: progress.update(bar, state=f"{n} model calls")
                     )
                     found[name].origin = origin
                     write(found[name], folder / f"{name}.json")
                     _say(progress.console, name, found[name])
                     progress.advance(bar)
-    return _finish(setting, out, {name: found[name] for name in names})
+    return _finish(setting, out, {name: found[name] for name in jobs})
 
 
-def _jobs(bench: Bench | None) -> Iterator[tuple[str, Callable[[Listener], Part]]]:
-    """All parts by name, in order; without a model only the names mean something."""
-    eigen = None if bench is None else _Eigen(bench)
+def _jobs() -> dict[str, Job]:
+    """All parts by name, in order."""
+    jobs: dict[str, Job] = {}
     for kind in OPERATORS:
-        yield f"{kind}-{OURS}-cold", lambda tell, kind=kind: eigen.cold(kind, OURS, ours, tell)
-        yield f"{kind}-{OURS}-warm", lambda tell, kind=kind: eigen.warm(kind, tell)
+        jobs[f"{kind}-{OURS}-cold"] = _cold(kind, OURS, ours)
+        jobs[f"{kind}-{OURS}-warm"] = _warm(kind)
         for peer in PEERS:
-            slug = f"{kind}-{peer.package}"
-            if kind in peer.operators:
-                yield (
-                    slug,
-                    lambda tell, kind=kind, peer=peer: eigen.cold(
-                        kind, peer.name, theirs(peer), tell
-                    ),
-                )
-            else:
-                reason = f"{peer.name} has no {kind} operator"
-                yield slug, lambda tell, reason=reason: Part(skipped=reason)
-    yield "gram", lambda tell: _with("gram", measure_gram(bench))
-    yield "basis-adapters", lambda tell: _with("basis", over_adapters(bench))
-    yield "basis-all", lambda tell: _with("basis", over_all_parameters(bench))
+            jobs[f"{kind}-{peer.package}"] = (
+                _cold(kind, peer.name, theirs(peer))
+                if kind in peer.operators
+                else _skipped(f"{peer.name} has no {kind} operator")
+            )
+    jobs["gram"] = lambda eigen, tell: _with("gram", measure_gram(eigen.bench))
+    jobs["basis-adapters"] = lambda eigen, tell: _with("basis", over_adapters(eigen.bench))
+    jobs["basis-all"] = lambda eigen, tell: _with("basis", over_all_parameters(eigen.bench))
     for name in (OURS, f"{OURS}-all-parameters", AIC_PEER.name):
-        yield f"aic-{name}", lambda tell, name=name: _with("aic", measure_aic(bench, name))
-    yield "memory", lambda tell: Part(details=measure_memory(bench.setting))
+        jobs[f"aic-{name}"] = _aic(name)
+    jobs["memory"] = lambda eigen, tell: Part(details=measure_memory(eigen.bench.setting))
+    return jobs
+
+
+def _cold(kind: Operator, name: str, solve: Solver) -> Job:
+    return lambda eigen, tell: eigen.cold(kind, name, solve, tell)
+
+
+def _warm(kind: Operator) -> Job:
+    return lambda eigen, tell: eigen.warm(kind, tell)
+
+
+def _skipped(reason: str) -> Job:
+    return lambda eigen, tell: Part(skipped=reason)
+
+
+def _aic(name: str) -> Job:
+    return lambda eigen, tell: _with("aic", measure_aic(eigen.bench, name))
 
 
 class _Eigen:
@@ -125,7 +143,7 @@ class _Eigen:
         self.bench = bench
         self._points: list[list[torch.Tensor]] = []
 
-    def cold(self, kind: Operator, name: str, solve: Any, tell: Listener) -> Part:
+    def cold(self, kind: Operator, name: str, solve: Solver, tell: Listener) -> Part:
         with self._problem(-1) as problem:
             row, details = measure(name, kind, "cold", problem, solve, tell)
         return Part(eigenpairs=[row], details=details)
@@ -154,9 +172,13 @@ class _Eigen:
             yield Problem(model, params, batch, setting.rank, setting.tolerance)
 
 
-def _run_part(job: Callable[[Listener], Part], tell: Listener) -> Part:
+# Makes a part from the model and the data, and tells the number of model calls.
+Job = Callable[[_Eigen, Listener], Part]
+
+
+def _run_part(job: Job, eigen: _Eigen, tell: Listener) -> Part:
     try:
-        return job(tell)
+        return job(eigen, tell)
     except PeerMissingError as error:
         return Part(skipped=str(error))
 

@@ -55,7 +55,8 @@ def _kinds(
     else:
         losses, whole = probe.factored(params)
     exact = exact_projection(model, params, batch, whole.products(), setting.gram_rank, vector)
-    rows, details = [], {}
+    rows: list[BasisRow] = []
+    details: dict[str, dict[str, float]] = {}
     for kind in kinds:
         count = len(losses)
         basis = updated_subspace(

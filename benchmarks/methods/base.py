@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -101,10 +101,14 @@ class Method(Protocol):
     (a step on safety data instead). What is done once after training belongs into `finish`.
     """
 
-    Options: type[BaseModel]
-    cost: SafetyCost
+    Options: ClassVar[type[BaseModel]]
 
     def __init__(self, setup: Setup, options: Any) -> None: ...
+
+    @property
+    def cost(self) -> SafetyCost:
+        """What the method has spent on safety so far."""
+        ...
 
     def step(self, task_loss: TaskLoss) -> float:
         """Take one training step and return the task loss of the batch before it."""

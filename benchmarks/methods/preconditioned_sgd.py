@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import BaseModel
+
 from benchmarks.methods.protected import ProtectedMethod, ProtectedOptions
 from safeopt import PreconditionedSGD
 
@@ -17,4 +19,4 @@ class PreconditionedSGDOptions(ProtectedOptions):
 class PreconditionedSGDMethod(ProtectedMethod):
     """SGD, preconditioned; its learning rate is to be of SGD's size, not AdamW's."""
 
-    Options: ClassVar[type[ProtectedOptions]] = PreconditionedSGDOptions
+    Options: ClassVar[type[BaseModel]] = PreconditionedSGDOptions

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import BaseModel
+
 from benchmarks.methods.protected import ProtectedMethod, ProtectedOptions
 from safeopt import ProjectedAdamW
 
@@ -17,4 +19,4 @@ class ProjectedAdamWOptions(ProtectedOptions):
 class ProjectedAdamWMethod(ProtectedMethod):
     """AdamW, protected."""
 
-    Options: ClassVar[type[ProtectedOptions]] = ProjectedAdamWOptions
+    Options: ClassVar[type[BaseModel]] = ProjectedAdamWOptions

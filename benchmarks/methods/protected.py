@@ -93,7 +93,7 @@ class ProtectedMethod:
         options: the optimizer's arguments.
     """
 
-    Options: ClassVar[type[ProtectedOptions]]
+    Options: ClassVar[type[BaseModel]]
 
     def __init__(self, setup: Setup, options: ProtectedOptions) -> None:
         self.probe = SafetyProbe(
@@ -103,11 +103,11 @@ class ProtectedMethod:
             opening=options.opening,
         )
         self._clock = SafetyCost()
-        self.optimizer = self.build_optimizer(setup, options.arguments())
+        self.optimizer = self.build_optimizer(setup, options)
 
-    def build_optimizer(self, setup: Setup, arguments: dict[str, Any]) -> Any:
-        return self.Options.optimizer_class(
-            setup.params, lr=setup.learning_rate, probe=self.probe, **arguments
+    def build_optimizer(self, setup: Setup, options: ProtectedOptions) -> Any:
+        return type(options).optimizer_class(
+            setup.params, lr=setup.learning_rate, probe=self.probe, **options.arguments()
         )
 
     @property

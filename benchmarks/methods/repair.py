@@ -65,4 +65,6 @@ class Repair(AdamW):
                 trial_examples=max(1, min(_TRIAL, len(self.probe) // 2)),
                 seed=self.setup.seed,
             )
-        self.cost.add_passes(PassCounter(**report.passes))  # on task examples, too
+        # On task examples, too; the clock has taken the time.
+        counts = {name: int(n) for name, n in report.passes.items() if name != "seconds"}
+        self.cost.add_passes(PassCounter(**counts))

@@ -10,6 +10,7 @@ that the task sees the same batches as under every other method.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -68,7 +69,7 @@ class Replay(AdamW):
             (self.options.weight * refusal_nll(self.setup.model, example).mean()).backward()
         self.cost.add(example, backward=True)
 
-    def _own_answers(self, refused: list[Batch]) -> list[Batch]:
+    def _own_answers(self, refused: Sequence[Batch]) -> list[Batch]:
         """Harmless prompts with the model's greedy answers, which have no end.
 
         The answer's passes over one new token each are counted as one pass over the whole.

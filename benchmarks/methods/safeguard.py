@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from benchmarks.methods.base import Setup
 from benchmarks.methods.protected import ProtectedMethod, ProtectedOptions
@@ -37,7 +38,7 @@ class SafeguardOptions(ProtectedOptions):
         return name
 
 
-def _base_class(name: str) -> type[torch.optim.Optimizer]:
+def _base_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """The optimizer of that name.
 
     Raises:
@@ -60,14 +61,13 @@ def _base_class(name: str) -> type[torch.optim.Optimizer]:
 class SafeguardMethod(ProtectedMethod):
     """An optimizer, protected."""
 
-    Options: ClassVar[type[ProtectedOptions]] = SafeguardOptions
+    Options: ClassVar[type[BaseModel]] = SafeguardOptions
 
     def __init__(self, setup: Setup, options: SafeguardOptions) -> None:
         self._base = _base_class(options.base), options.base_options
         super().__init__(setup, options)
 
-    def build_optimizer(self, setup: Setup, arguments: dict[str, Any]) -> Any:
-        cls, options = self._base
-        return safeguard(
-            cls(setup.params, lr=setup.learning_rate, **options), self.probe, **arguments
-        )
+    def build_optimizer(self, setup: Setup, options: ProtectedOptions) -> Any:
+        build, arguments = self._base
+        base = build(setup.params, lr=setup.learning_rate, **arguments)
+        return safeguard(base, self.probe, **options.arguments())

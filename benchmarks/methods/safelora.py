@@ -69,8 +69,11 @@ class SafeLoRA(AdamW):
         adapted = list(_adapted_layers(self.setup.model))
         if adapted:
             for name, layer in adapted:
-                b, a = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
-                aligned = layer.get_base_layer().weight
+                b, a = (
+                    factors[ADAPTER].get_parameter("weight")
+                    for factors in (layer.lora_B, layer.lora_A)
+                )
+                aligned = layer.get_base_layer().get_parameter("weight")
                 self._project(name, b, b @ a, aligned - before[name].to(aligned))
         else:
             names = {id(p): name for name, p in self.setup.model.named_parameters()}

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
+from pydantic import BaseModel
 
 from benchmarks.methods.base import TaskLoss
 from benchmarks.methods.protected import ProtectedMethod, ProtectedOptions
@@ -26,7 +27,7 @@ class SafetySAMOptions(ProtectedOptions):
 class SafetySAMMethod(ProtectedMethod):
     """AdamW at a displaced point, protected."""
 
-    Options: ClassVar[type[ProtectedOptions]] = SafetySAMOptions
+    Options: ClassVar[type[BaseModel]] = SafetySAMOptions
 
     def step(self, task_loss: TaskLoss) -> float:
         if self.optimizer.mode == "lookahead":

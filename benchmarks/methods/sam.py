@@ -11,13 +11,16 @@ zero, as an adapter's B at its start, is not perturbed. SAM is whole.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.base import Setup, TaskLoss
+
+if TYPE_CHECKING:
+    import pytorch_optimizer
 
 
 class SAMOptions(BaseModel):
@@ -36,12 +39,13 @@ class SAM(AdamW):
 
     Options: ClassVar[type[BaseModel]] = SAMOptions
     adaptive: ClassVar[bool] = False
+    optimizer: pytorch_optimizer.SAM
 
     def __init__(self, setup: Setup, options: SAMOptions) -> None:
         self.rho = options.rho
         super().__init__(setup, options)
 
-    def build_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self) -> pytorch_optimizer.SAM:
         import pytorch_optimizer  # its import takes a second, and only two methods need it
 
         return pytorch_optimizer.SAM(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from safeopt.models import cause_of
 
 console = Console(stderr=True)
 
@@ -24,8 +28,17 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        _refuse(str(error))
+    except torch.cuda.OutOfMemoryError as error:
+        _refuse(
+            f"the device has no memory left ({cause_of(error)}); a smaller --batch-size, a smaller "
+            "--max-length or fewer --examples take less"
+        )
+
+
+def _refuse(text: str) -> NoReturn:
+    console.print(f"[red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2) from None
 
 
 @contextmanager

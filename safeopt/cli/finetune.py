@@ -59,7 +59,7 @@ def finetune(
     max_length: Annotated[
         int, typer.Option(help="Tokens after which an example is cut.")
     ] = _DEFAULTS.max_length,
-    rank: Annotated[int, typer.Option(help="Directions of the subspace.")] = _DEFAULTS.rank,
+    rank: Annotated[int, typer.Option(help="Directions that are protected.")] = _DEFAULTS.rank,
     budget: Annotated[
         float, typer.Option(help="Accepted rise of the alignment loss, nats a token.")
     ] = _DEFAULTS.budget,
@@ -120,6 +120,10 @@ def _finetune(config: FinetuneConfig) -> None:
     )
     if outcome.finished:
         say(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
+        failure = outcome.report["failure"]
+        if failure is not None:
+            console.print(f"[red]failed:[/] {failure}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1)  # what would use the result next must not start
         return
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
     again = shlex.join(["safeopt", *arguments, *(() if config.resume else ("--resume",))])
@@ -129,21 +133,21 @@ def _finetune(config: FinetuneConfig) -> None:
 
 
 def _description(progress: Any) -> str:
-    """One line: task loss, alignment loss, coupling, the safety passes' share of the time."""
-    parts = []
+    """Two short lines: task and alignment loss; coupling and the safety passes' share of time."""
+    losses, others = [], []
     if progress.task_loss is not None:
-        parts.append(f"task {progress.task_loss:.3f}")
+        losses.append(f"task loss {progress.task_loss:.3f}")
     figures = progress.figures
     if "alignment_loss" in figures:
-        parts.append(
-            f"alignment {figures['alignment_loss']:.3f} "
-            f"(pred. {figures['alignment_predicted']:.3f})"
+        losses.append(
+            f"alignment loss {figures['alignment_loss']:.3f} "
+            f"(predicted {figures['alignment_predicted']:.3f})"
         )
     if "coupling" in figures:
-        parts.append(f"coupling {figures['coupling']:.3g}")
-    if figures:
-        parts.append(f"safety cost {progress.safety_share:.0%} of the time")
-    return " · ".join(parts)
+        others.append(f"coupling {figures['coupling']:.3g}")
+    if figures and progress.safety_share is not None:
+        others.append(f"safety passes take {progress.safety_share:.0%} of the time")
+    return "\n".join(" · ".join(line) for line in (losses, others) if line)
 
 
 @contextmanager

@@ -23,10 +23,17 @@ def plan(
     model: Annotated[
         str, typer.Option(help="A built-in name, a config.json or its folder, or a hub name.")
     ],
-    rank: Annotated[int, typer.Option(help="Directions of the subspace.")] = SafetyConfig.rank,
+    rank: Annotated[
+        int, typer.Option(help="Directions of the safety subspace.")
+    ] = SafetyConfig.rank,
     full: Annotated[bool, typer.Option("--full", help="Train all parameters, no LoRA.")] = False,
-    lora: Annotated[
-        int | None, typer.Option(help=f"Rank of the adapter; {InputConfig.lora_rank} by default.")
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--lora-rank",
+            "--lora",  # its name in earlier versions
+            help=f"Rank of the adapter; {InputConfig.lora_rank} by default.",
+        ),
     ] = None,
     world_size: Annotated[int, typer.Option(help="Devices that share the state.")] = 1,
     dtype: Annotated[
@@ -42,12 +49,14 @@ def plan(
 ) -> None:
     """Memory and time that protection takes, from a model's configuration alone."""
     with readable_errors():
-        if full and lora is not None:
-            raise ValueError(f"full, lora={lora}: all parameters or an adapter, not both")
+        if full and lora_rank is not None:
+            raise ValueError(f"full, lora_rank={lora_rank}: all parameters or an adapter, not both")
+        if lora_rank is not None and lora_rank < 1:
+            raise ValueError(f"lora_rank={lora_rank}: expected at least 1")
         figures = make_plan(
             model,
             rank,
-            lora=None if full else InputConfig.lora_rank if lora is None else lora,
+            lora=None if full else InputConfig.lora_rank if lora_rank is None else lora_rank,
             world_size=world_size,
             dtype=_DTYPES[dtype],
             assumptions=Assumptions(
@@ -63,7 +72,7 @@ def show(figures: Plan, console: Console) -> None:
     """Print a plan as a table, and what it assumes."""
     what = "all parameters" if figures.lora is None else f"LoRA r={figures.lora}"
     where = "" if figures.world_size == 1 else f", on each of {figures.world_size} devices"
-    table = Table(title=f"{figures.model}: {what}, k={figures.rank}{where}")
+    table = Table(title=f"{figures.model}: {what}, {figures.rank} directions{where}")
     table.add_column("")
     table.add_column("bytes", justify="right")
     table.add_column("work of a step", justify="right")

@@ -18,7 +18,11 @@ _DEFAULTS = RepairConfig  # one source for the defaults of library and command l
 
 def repair(
     model: Annotated[
-        str, typer.Option(help="The fine-tuned model: folder of an adapter or of a whole model.")
+        str,
+        typer.Option(
+            help="The fine-tuned model: DIR/adapter or DIR/model of a run, the folder of another "
+            "adapter, or the folder, hub name or GGUF file of a whole model."
+        ),
     ],
     reference: Annotated[str, typer.Option(help="The aligned model that it was fine-tuned from.")],
     safety: Annotated[Path, typer.Option(help="JSON lines with harmful prompts.")],

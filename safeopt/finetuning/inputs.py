@@ -24,6 +24,7 @@ from safeopt.safety_examples import (
     answered_alike,
     as_batches,
     check_batches,
+    check_disjoint,
     check_enough,
     check_likely,
     with_refusals,
@@ -122,9 +123,10 @@ def load_inputs(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if several processes were started, a file is malformed, the model has no chat
-            template or cannot read an example, all parameters of a quantised model are to be
-            trained, or it does not refuse the safety prompts, or too few of them.
+        ValueError: if several processes were started, a file is malformed, a prompt is a safety
+            prompt and a harmless one, the model has no chat template or cannot read an example, all
+            parameters of a quantised model are to be trained, or it does not refuse the safety
+            prompts, or too few of them.
     """
     check_one_process()
     from peft import get_peft_model
@@ -133,6 +135,7 @@ def load_inputs(
     examples = read_examples(config.train)
     safety = read_examples(config.safety, need_response=False)
     harmless = read_examples(config.harmless, need_response=False) if config.harmless else []
+    check_disjoint(safety, harmless)
     if at_most is not None and at_most < len(safety):
         safety = random.Random(config.seed).sample(safety, at_most)
     set_seed(config.seed)

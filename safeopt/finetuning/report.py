@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from safeopt.finetuning.prepare import Prepared
 
 REPORT = "run.json"
+# A rise of the alignment loss over its budget, in nats a token, that other prompts make as well.
+_UNNOTICED = 0.05
 _NUMBER = (int, float)
 # The entries that are read again, by their types.
 _ENTRIES: dict[str, Any] = {
@@ -43,6 +46,8 @@ _CHOICES: dict[str, Any] = {
 def run_report(prepared: Prepared, state: Any, finished: bool, seconds: float) -> dict[str, Any]:
     """What ``run.json`` holds: choices, data, counts, the log, measurements, cost and versions.
 
+    What is known only at the end of a run is None: the alignment loss there, and its `failure`.
+
     Args:
         prepared: the run.
         state: the state of its Trainer.
@@ -63,6 +68,7 @@ def run_report(prepared: Prepared, state: Any, finished: bool, seconds: float) -
         ),
         "log": state.log_history,
         "alignment_loss": {"start": prepared.inputs.alignment_loss, "end": None},
+        "failure": None,
         "measurements": [],
         "opening": prepared.inputs.probe.opening,
         "passes": prepared.inputs.probe.passes.as_dict(),
@@ -77,6 +83,26 @@ def run_report(prepared: Prepared, state: Any, finished: bool, seconds: float) -
         history = safety_of(prepared.optimizer).history
         report["measurements"] = [asdict(measurement) for measurement in history]
     return report
+
+
+def failure(report: dict[str, Any]) -> str | None:
+    """Why the result of a run is not to be used, in a sentence; None where it may be.
+
+    Args:
+        report: what `run_report` returns of a finished run, with the alignment loss at its end.
+    """
+    config, losses = report["config"], report["alignment_loss"]
+    lower = f"a lower --learning-rate than {config['learning_rate']:g}"
+    if not math.isfinite(losses["end"]):
+        return f"the model is ruined: its losses are no finite numbers; start again with {lower}"
+    rise = losses["end"] - losses["start"]
+    if config["optimizer"] == ADAMW or rise <= config["budget"] + _UNNOTICED:
+        return None  # what is lost without protection is what the comparison shows
+    return (
+        f"alignment was not kept: its loss has risen by {rise:.3f} nats a token, and "
+        f"budget={config['budget']:g} was accepted; start again with {lower} or more safety "
+        "prompts, or mend the result with safeopt repair"
+    )
 
 
 def read_report(path: Path) -> dict[str, Any]:

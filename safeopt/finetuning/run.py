@@ -18,7 +18,7 @@ from safeopt.finetuning.config import ADAMW
 from safeopt.finetuning.curves import save_curves
 from safeopt.finetuning.folders import CURVES, RESULT
 from safeopt.finetuning.prepare import Prepared
-from safeopt.finetuning.report import REPORT, read_report, run_report
+from safeopt.finetuning.report import REPORT, failure, read_report, run_report
 from safeopt.integrations.transformers import SafetyCallback, safety_figures, safety_of, unwrapped
 from safeopt.safety_examples import alignment_loss
 from safeopt.timing import clock
@@ -33,14 +33,15 @@ class Progress:
         max_steps: steps of the whole run.
         task_loss: of the last line of the log, None before the first.
         figures: alignment loss measured and predicted, and coupling, as far as known.
-        safety_share: share of the time since the start that went into safety passes.
+        safety_share: share of the time since the start that went into safety passes; None where a
+            resumed run has no step left.
     """
 
     step: int
     max_steps: int
     task_loss: float | None
     figures: dict[str, float]
-    safety_share: float
+    safety_share: float | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def run(
             seed=config.seed,
             report_to=[],
             disable_tqdm=True,
+            logging_nan_inf_filter=False,  # it would show the loss of a ruined model as a number
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         ),
@@ -119,6 +121,7 @@ def run(
         prepared.inputs.tokenizer.save_pretrained(str(folder))
     report = run_report(prepared, trainer.state, finished, watcher.seconds)
     report["alignment_loss"]["end"] = alignment_loss(prepared.inputs.probe)
+    report["failure"] = failure(report) if finished else None
     write_json(out / REPORT, report)
     save_curves(report, out / CURVES)
     return Outcome(finished, folder, report)
@@ -185,7 +188,7 @@ class _Watcher(TrainerCallback):
         if state.global_step >= state.max_steps:
             logged = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
             self._task_loss = next(logged, None)
-            self._tell(state, kwargs["optimizer"])
+            self._tell(state, kwargs["optimizer"], timed=False)
             raise _NothingLeftError
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -214,7 +217,7 @@ class _Watcher(TrainerCallback):
             report = run_report(self.prepared, state, False, self.seconds)
             write_json(Path(self.prepared.config.out) / REPORT, report)
 
-    def _tell(self, state: Any, optimizer: Any) -> None:
+    def _tell(self, state: Any, optimizer: Any, *, timed: bool = True) -> None:
         protected = self.prepared.config.optimizer != ADAMW
         safety_seconds = self.prepared.inputs.probe.passes.seconds - self._safety_before
         self.listener(
@@ -223,6 +226,6 @@ class _Watcher(TrainerCallback):
                 state.max_steps,
                 self._task_loss,
                 safety_figures(safety_of(unwrapped(optimizer))) if protected else {},
-                safety_seconds / (clock() - self._began),
+                safety_seconds / (clock() - self._began) if timed else None,
             )
         )

@@ -171,6 +171,14 @@ class _Master:
         return self._flat.detach().narrow(0, self._first, self.range.length)
 
 
+def _gradient(p: Any) -> Tensor | None:
+    """This rank's range of a parameter's gradient, which the engine's step clears."""
+    if p._hp_mapping is None:  # other ranks have all of it
+        return None
+    found: Tensor = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
+    return found.flatten()
+
+
 class _Protection:
     """What takes the place of a ZeRO optimizer's own methods."""
 
@@ -196,11 +204,14 @@ class _Protection:
         moves = largest_learning_rate(self._zero) > 0 and self._accepts()
         if moves:
             self._geometry.before_step(self._params)
+        pulls = self._geometry.pull is not None
+        gradients = [_gradient(p) for p in self._params] if pulls else None
         self._own_step(closure)
         if not moves or self._zero.overflow:  # with an overflow of float16 nothing has moved
             return
+        rate = largest_learning_rate(self._zero)
         try:
-            self._geometry.after_step(self._params, largest_learning_rate(self._zero))
+            self._geometry.after_step(self._params, rate, gradients=gradients)
         except Exception as error:
             report(error, self._policy)
 

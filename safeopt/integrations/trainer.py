@@ -31,7 +31,7 @@ from transformers import Trainer, TrainingArguments
 
 from safeopt.distributed import FSDP1, ZERO_3
 from safeopt.integrations.bitsandbytes import keep_trainable
-from safeopt.integrations.transformers import SafetyCallback, install, unwrapped
+from safeopt.integrations.transformers import SafetyCallback, SafetyLog, install, unwrapped
 from safeopt.losses import Batch, refusal_nll
 from safeopt.optim import PreconditionedSGD, SafetySAM, optimizers, safeguard
 from safeopt.optim.geometry import SafetyGeometry
@@ -80,13 +80,18 @@ def protect(
         ValueError: if a file is malformed, there is nothing to protect (the model does not refuse,
             or would not say the file's responses), or ``optimizer`` is given although the trainer
             has an optimizer or DeepSpeed; if a file is given, but the weights come with training
-            only (``cpu_ram_efficient_loading``); if the trainer has a ``model_init``, or an option
-            is out of its range; see also `optimizer_cls_and_kwargs`.
+            only (``cpu_ram_efficient_loading``); if the trainer is protected already or has a
+            ``model_init``, or an option is out of its range; see also `optimizer_cls_and_kwargs`.
 
     Cost: an answer of 32 tokens for each prompt that has no response, and one forward pass on at
     most 32 examples; then as `ProjectedAdamW`.
     """
     has_weights = _has_weights(trainer)
+    if any(type(callback) is SafetyLog for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "trainer: it is protected already; call protect once, and make a new Trainer for other "
+            "prompts or options"
+        )
     if getattr(trainer, "model_init", None) is not None:
         raise ValueError(
             "model_init: train() makes the model anew, and the one that is looked at now would not "
@@ -322,6 +327,11 @@ def need_tokenizer(tokenizer: Any) -> None:
         raise ValueError(
             "processing_class: the trainer has no tokenizer to read the prompts with; give it "
             "processing_class=tokenizer, or give a SafetyProbe"
+        )
+    if not hasattr(tokenizer, "get_chat_template"):  # a processor of texts and images
+        raise ValueError(
+            f"processing_class={type(tokenizer).__name__}: it is no tokenizer, with which the "
+            "prompts could be read; give a SafetyProbe with safety_batches(tokenizer, ...)"
         )
 
 

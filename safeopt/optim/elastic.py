@@ -1,24 +1,28 @@
-r"""ElasticPull: a pull back to the aligned model, stronger where the safety loss is sharper.
+r"""ElasticPull: a pull back to the aligned model, stronger where alignment has more to lose.
 
 The subspace holds the few directions in which the alignment loss is sharpest. What is left of the
 safety curvature is small in each direction and lies in very many, and a long way in them costs
-alignment, too. Of it the diagonal is kept: after a step of the base optimizer
+alignment, too. Of it the diagonal is kept, and of the task's curvature as well, for an entry on
+which the task depends should be left to it. After a step of the base optimizer
 
-    minimise over θ   ½‖θ − θ'‖² + ½ τr Σ_i f_i (θ_i − θ₀_i)²,      f = F / mean F
+    minimise over θ   ½ Σ_i v_i (θ_i − θ'_i)² + ½ τr Σ_i f_i (θ_i − θ₀_i)²
 
-    that is           θ_i ← θ'_i + w_i (θ₀_i − θ'_i),                w = τrf / (1 + τrf)
+    that is           θ_i ← θ'_i + w_i (θ₀_i − θ'_i),                w = τrf / (v + τrf)
 
-with F the diagonal of the empirical Fisher matrix: the mean of the squared per-example gradients of
-all safety examples looked at so far, which every refresh computes anyway. They are gradients of the
-log-odds (`safeopt.curvature.window`), for that of the loss vanishes where a refusal is certain. The
-mean of F is taken over its entries that are not zero. r is the last step's share of the way so far,
-η_t / Σ_s η_s. So τ has no unit: an entry that is driven steadily comes as far as 1 / (1 + τf) of
-its way without the pull, whatever the learning rate, its schedule and the number of steps. A pull
-that does not shrink with the rate would bring back the aligned model where a schedule ends.
+with f = F / mean F and v = V / mean V; the means are taken over the entries that are not zero.
 
-Source: the quadratic penalty is that of Kirkpatrick et al. 2017 (arXiv 1612.00796); as a proximal
-step, which no preconditioner of the base optimizer distorts, and with its relative strength, it is
-ours.
+F is the diagonal of the empirical Fisher matrix of the safety examples: the sum of the squared
+per-example gradients of all that were looked at so far, which every refresh computes anyway. They
+are gradients of the log-odds (`safeopt.curvature.window`), for that of the loss vanishes where a
+refusal is certain. V is the sum of the squared task gradients of all steps so far. r is the last
+step's share of the way so far, η_t / Σ_s η_s. So τ has no unit: an entry that is driven steadily
+comes as far as 1 / (1 + τf/v) of its way without the pull, whatever the learning rate, its schedule
+and the number of steps. A pull that does not shrink with the rate would bring back the aligned
+model where a schedule ends.
+
+Source: the quadratic penalty is that of Kirkpatrick et al. 2017 (arXiv 1612.00796), the average of
+two models weighted with the Fisher diagonals of both that of Matena and Raffel 2021 (arXiv
+2111.09832). As a proximal step after every step, with its relative strength, it is ours.
 """
 
 from __future__ import annotations
@@ -33,15 +37,18 @@ from safeopt.curvature.basis import Basis
 from safeopt.distributed import Layout, local
 from safeopt.rows import GradientRows, row_dtype
 
+# Where neither the task nor safety has a gradient, nothing is pulled: not 0/0.
+_TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class ElasticPull:
-    """The aligned model's parameters and the diagonal of the safety curvature.
+    """The aligned model's parameters and the diagonals of the safety and the task curvature.
 
     Attributes:
-        blocks: for each parameter θ₀ and the sum of squared gradients, shape ``(2, *p.shape)``,
-            float32 or float64; this process's part of them.
-        mean: of the sums that are not zero, over all parameters; 0 if none is.
+        blocks: for each parameter θ₀, F and V, shape ``(3, *p.shape)``, float32 or float64; this
+            process's part of them.
+        mean: of F, over the entries of all parameters that are not zero; 0 if none is.
     """
 
     blocks: list[Tensor]
@@ -51,52 +58,75 @@ class ElasticPull:
     def at(cls, params: Sequence[Tensor]) -> ElasticPull:
         """The pull to the present parameters, with no curvature yet."""
         parts = [local(p).detach() for p in params]
-        return cls(
-            [torch.stack([p, torch.zeros_like(p)]).to(row_dtype(p)) for p in parts], mean=0.0
-        )
+        blocks = [torch.stack([p, torch.zeros_like(p), torch.zeros_like(p)]) for p in parts]
+        return cls([b.to(row_dtype(p)) for b, p in zip(blocks, parts, strict=True)], mean=0.0)
 
     def observed(self, squares: Sequence[Tensor], layout: Layout) -> ElasticPull:
-        """With the `squares` of more examples; this one stays as it is."""
+        """With the `squares` of more safety examples; this one stays as it is."""
         blocks = [
-            torch.stack([block[0], block[1] + more])
+            torch.stack([block[0], block[1] + more, block[2]])
             for block, more in zip(self.blocks, squares, strict=True)
         ]
-        sums = [block[1] for block in blocks]
-        device = sums[0].device
-        total = torch.zeros(2, dtype=torch.float64, device=device)
-        for s in sums:
-            found = (s.sum(dtype=torch.float64), s.count_nonzero().double())
-            total += torch.stack(found).to(device)
-        total = layout.sum(total)
-        return ElasticPull(blocks, float(total[0] / total[1].clamp(min=1)))
+        return ElasticPull(blocks, _mean([block[1] for block in blocks], layout))
 
     @torch.no_grad()
-    def apply(self, params: Sequence[Tensor], strength: float, basis: Basis) -> Tensor:
+    def observe_task(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add the squares of a step's task gradients to V, in place.
+
+        Args:
+            gradients: finite; of any dtype; None where a parameter has none.
+        """
+        for block, gradient in zip(self.blocks, gradients, strict=True):
+            if gradient is not None:
+                block[2].add_(local(gradient).to(block.dtype).square())
+                block[2].clamp_(max=torch.finfo(block.dtype).max)  # a sum that overflows stays
+
+    @torch.no_grad()
+    def apply(
+        self, params: Sequence[Tensor], strength: float, basis: Basis, layout: Layout
+    ) -> Tensor:
         """Pull the parameters, in place and in their own dtypes: θ += w ⊙ (θ₀ − θ).
 
         Args:
             params: the protected parameters after the base optimizer's step.
             strength: τr.
             basis: U.
+            layout: of ``params``.
 
         Returns:
             Uᵀ of what was added, shape ``(k,)``, float64.
         """
         parts = [local(p) for p in params]
-        moves = self._moves(parts, strength)
+        moves = self._moves(parts, strength, layout)
         torch._foreach_add_(parts, [m.to(p.dtype) for m, p in zip(moves, parts, strict=True)])
         return basis.coordinates(moves)
 
-    def _moves(self, parts: Sequence[Tensor], strength: float) -> Sequence[Tensor]:
+    def _moves(self, parts: Sequence[Tensor], strength: float, layout: Layout) -> Sequence[Tensor]:
         """What the pull adds, w ⊙ (θ₀ − θ), in the dtype of the blocks."""
         here = [p.to(b.dtype) for p, b in zip(parts, self.blocks, strict=True)]
         moves = torch._foreach_sub([block[0] for block in self.blocks], here)
         relative = strength / self.mean if self.mean else 0.0
-        weights = torch._foreach_mul([block[1] for block in self.blocks], relative)
-        torch._foreach_mul_(moves, weights)
-        torch._foreach_add_(weights, 1.0)
-        torch._foreach_div_(moves, weights)
+        pulls = torch._foreach_mul([block[1] for block in self.blocks], relative)
+        sums = [block[2] for block in self.blocks]
+        mean = _mean(sums, layout)
+        # Where no task gradient is known, all entries count the same.
+        totals = torch._foreach_div(sums, mean) if mean else [torch.ones_like(s) for s in sums]
+        torch._foreach_add_(totals, pulls)
+        torch._foreach_clamp_min_(totals, _TINY)
+        torch._foreach_mul_(moves, pulls)
+        torch._foreach_div_(moves, totals)
         return moves
+
+
+def _mean(sums: Sequence[Tensor], layout: Layout) -> float:
+    """Mean of the entries that are not zero, over all processes; 0 if none is."""
+    device = sums[0].device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for s in sums:
+        found = (s.sum(dtype=torch.float64), s.count_nonzero().double())
+        total += torch.stack(found).to(device)
+    total = layout.sum(total)
+    return float(total[0] / total[1].clamp(min=1))
 
 
 def squares(rows: GradientRows, factors: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from safeopt.optim.examples import ExampleRota, Look
 from safeopt.optim.measurement import finite
 from safeopt.probe import SafetyProbe
 from safeopt.rows import DenseRows, GradientRows
+
+logger = logging.getLogger("safeopt")
 
 
 class Estimate(NamedTuple):
@@ -100,6 +103,27 @@ def pulls(config: SafetyConfig, kind: str) -> bool:
     """
     affordable = kind in (DenseBasis.kind, Int8Basis.kind)
     return config.elastic > 0 and config.curvature == "fisher" and affordable
+
+
+def log_without_pull(config: SafetyConfig, kind: str) -> None:
+    """Log it where ``elastic`` asks for a pull and there is none, see `pulls`.
+
+    Args:
+        config: the choices.
+        kind: how the basis is stored.
+    """
+    if config.elastic == 0 or pulls(config, kind):
+        return
+    if config.curvature != "fisher":
+        reason, remedy = f'curvature="{config.curvature}"', 'curvature="fisher"'
+    else:
+        reason, remedy = f'a basis that is stored as "{kind}"', 'basis="dense" or basis="int8"'
+    logger.info(
+        "elastic=%g: with %s nothing is pulled back to the aligned model; use %s, or elastic=0",
+        config.elastic,
+        reason,
+        remedy,
+    )
 
 
 def basis_kind(

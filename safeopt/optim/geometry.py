@@ -1,11 +1,12 @@
 """SafetyGeometry: what all optimizers of this package share.
 
-It decides when to estimate the safety subspace anew, what happens to the parameters after a base
-optimizer's step, when lost alignment is restored, and what of it a checkpoint must carry.
+It decides when to look at the safety examples, and holds what is known of them. What the steps
+between two looks do inside the subspace stands in `safeopt.optim.interval`, how a look renews the
+subspace in `safeopt.optim.estimate`, how lost alignment is restored in `safeopt.optim.restoring`.
 
 One step of the base optimizer, θ → θ', is followed by
 
-    θ' += w ⊙ (θ₀ − θ')                   if asked for: a pull back, `safeopt.optim.elastic`
+    θ' += w ⊙ (θ₀ − θ')                   a pull to the aligned model, `safeopt.optim.elastic`
     c  = Uᵀθ' − Uᵀθ_r                     k inner products
     c⁺ = map(c)                           arithmetic on k numbers
     θ' += U(c⁺ − c)                       one combination of k directions
@@ -26,35 +27,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safeopt.curvature import surrogate as maps
 from safeopt.curvature.basis import coordinates_together
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.window import log_odds
-from safeopt.losses import refusal_nll
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.elastic import ElasticPull
-from safeopt.optim.estimate import basis_kind, estimate, pulls
+from safeopt.optim.estimate import basis_kind, estimate, log_without_pull, pulls
 from safeopt.optim.examples import ExampleRota, require_enough
-from safeopt.optim.line_search import backtrack
+from safeopt.optim.interval import Interval
 from safeopt.optim.measurement import Measurement, finite
+from safeopt.optim.restoring import is_lost, searched, step_back
 from safeopt.optim.transaction import whole_or_not_at_all
 from safeopt.passes import PassCounter
 from safeopt.probe import SafetyProbe
 
 logger = logging.getLogger("safeopt")
 
-# Lengths of the restoring step that the line search tries, longest first.
-_LENGTHS = (1.0, 0.5, 0.25)
-# A safety example that misses its goal by so few nats of log-odds is not lost: near an optimum the
-# loss is flat, and a long step, which the task feels, would be taken for next to nothing.
-_UNNOTICED = 0.1
 # A step that is not followed by another look within so many steps is searched, not just taken.
 _SOON = 16
 # `restore` repeats measuring and stepping back so often where once was not enough.
 _ROUNDS = 1
-# Until the next look examples drift: a refresh brings them back by as much beyond the goal as they
-# miss now, up to so many nats of log-odds.
-_FIRMER = 1.0
 # So many held examples take turns at most: all of them are measured at the start.
 _MOST_HELD = 24
 # The least number of safety examples in a refresh.
@@ -109,12 +101,7 @@ class SafetyGeometry:
         self._checked = 0  # the step at which `restore` last ran to its end
         self._reference_odds: float | None = None  # the highest log-odds of the same examples
         self._trial_reference: float | None = None  # the trial examples' loss before fine-tuning
-        self._position = torch.zeros(0, dtype=torch.float64, device="cpu")  # c after the last step
-        self._first_drift: Tensor | None = None
-        self._taken_back = torch.zeros(
-            0, dtype=torch.float64, device="cpu"
-        )  # Σ (c − c⁺) since the last refresh
-        self._last_gradient: Tensor | None = None
+        self._interval = Interval.empty()  # since the last refresh
 
     @property
     def active(self) -> bool:
@@ -136,7 +123,7 @@ class SafetyGeometry:
         """The surrogate's alignment loss after the last step; None before the first step."""
         if self.subspace is None:
             return None
-        return self.subspace.surrogate.predict(self._position)
+        return self.subspace.surrogate.predict(self._interval.position)
 
     def before_step(self, params: Sequence[Tensor]) -> None:
         """Make the first estimate, at the aligned model, if there is none yet."""
@@ -147,7 +134,9 @@ class SafetyGeometry:
     def _begin(self, params: Sequence[Tensor]) -> None:
         trial = self.rota.measure(self.probe)
         self._trial_reference = float(trial.mean())
-        if pulls(self.config, basis_kind(None, params, self.probe, self.config)):
+        kind = basis_kind(None, params, self.probe, self.config)
+        log_without_pull(self.config, kind)
+        if pulls(self.config, kind):
             self.pull = ElasticPull.at(params)
         self._estimate(params, self._due(self.config.examples))
         assert self.subspace is not None
@@ -161,12 +150,22 @@ class SafetyGeometry:
         # and what comes back to less does not carry over to prompts outside of the probe.
         self._reference_odds = float(log_odds(losses, tokens).max())
 
-    def after_step(self, params: Sequence[Tensor], learning_rate: float) -> None:
+    def after_step(
+        self,
+        params: Sequence[Tensor],
+        learning_rate: float,
+        moved: Callable[[], None] = lambda: None,
+        gradients: Sequence[Tensor | None] | None = None,
+    ) -> None:
         """Protect the parameters that the base optimizer has just moved.
 
         Args:
-            params: the protected parameters; changed in place inside the subspace.
+            params: the protected parameters; changed in place.
             learning_rate: the step's learning rate, for the next step's coupling.
+            moved: called after they were mapped, and once more after a refresh; by all ranks, and
+                not where something raises.
+            gradients: the step's, where the base optimizer has cleared those of ``params``; this
+                process's part of them.
 
         Raises:
             FloatingPointError: if parameters are not finite, before anything has changed: one
@@ -186,24 +185,30 @@ class SafetyGeometry:
         if any(p.grad is not None for p in params):
             self.observe_gradient(gradient, self.last_rate)
         else:  # the base optimizer has cleared them
-            self.coupling = self._last_gradient = None
+            self.coupling = self._interval.last_gradient = None
         self.last_rate = learning_rate
         c = position - self.subspace.anchor
-        self.update = c - self._position
+        self.update = c - self._interval.position
         self._travelled += learning_rate
         if self.pull is not None:
+            self.pull.observe_task([p.grad for p in params] if gradients is None else gradients)
             strength = self.config.elastic * learning_rate / self._travelled
-            c = c + self.pull.apply(params, strength, self.subspace.basis)
-        mapped = self._map(c)
+            layout = self.probe.layout(params)
+            c = c + self.pull.apply(params, strength, self.subspace.basis, layout)
+        assert self.reference is not None
+        surrogate = self.subspace.surrogate
+        mapped = self._interval.mapped(c, surrogate, self.config, self.reference)
         if mapped is not c:  # mode "none" moves nothing
             self.subspace.shift(params, mapped - c)
         elif self.pull is not None:
             self.probe.layout(params).publish()
-        self._taken_back = self._taken_back + (c - mapped)
-        self._position = mapped
-        if self.config.refresh.due(self.step_count, self.last_refresh, self._drift()):
+        self._interval.advance(c, mapped)
+        moved()
+        drift = self._interval.drift(surrogate)
+        if self.config.refresh.due(self.step_count, self.last_refresh, drift):
             with whole_or_not_at_all(self, params) as before_move:
                 self._refresh(params, before_move, self._due(self.config.examples))
+            moved()
 
     def restore(self, params: Sequence[Tensor]) -> Measurement:
         """Measure the alignment loss now and, where examples are lost, restore them.
@@ -228,26 +233,31 @@ class SafetyGeometry:
         return self.history[-1]
 
     def _restore(self, params: Sequence[Tensor], before_move: Callable[[], None]) -> None:
-        trial: float | None = None
-        if self.step_count > self.last_refresh:
-            count = self._due(self.config.restore_examples)
-            trial = self._refresh(params, before_move, count, search=True)
+        stale = self.step_count > self.last_refresh
         if not self._restores:
+            if stale:
+                self._refresh(params, before_move, self._due(self.config.restore_examples))
             return
         assert self._trial_reference is not None
-        limit = self._trial_reference + self.config.budget
-        if trial is None:
-            trial = finite(self.probe.value(self.rota.trial))
+        start = trial = finite(self.probe.value(self.rota.trial))
+        if stale:
+            count = self._due(self.config.restore_examples)
+            trial = self._searched_refresh(params, before_move, count, trial)
         for _ in range(_ROUNDS):
-            if trial > limit:
+            if trial > self._trial_limit:
                 count = self.config.restore_examples
-                trial = self._refresh(params, before_move, count, search=True, trial=trial)
-                assert trial is not None  # a search measures it, and without one it is as before
-        if trial > limit:
+                trial = self._searched_refresh(params, before_move, count, trial)
+        if is_lost(trial, self._trial_limit, self.probe.response_tokens(self.rota.trial)):
             logger.warning(
-                "restore: the trial examples' alignment loss is %.4f, above its limit %.4f",
+                "restore: the trial examples' alignment loss is %.4f; it was %.4f before "
+                "fine-tuning and %.4f before this call, so %.0f%% of the rise is left. To keep "
+                "more, refresh more often, lower the learning rate, or give the probe more "
+                "examples; if you accept this rise, set budget to %.2g",
                 trial,
-                limit,
+                self._trial_reference,
+                start,
+                100 * (trial - self._trial_reference) / (start - self._trial_reference),
+                trial - self._trial_reference,
             )
 
     def observe_gradient(self, coordinates: Tensor, learning_rate: float | None) -> None:
@@ -264,12 +274,14 @@ class SafetyGeometry:
         """
         assert self.subspace is not None
         if not bool(coordinates.isfinite().all()):
-            self.coupling = self._last_gradient = None  # a state with them would not be loaded
+            # A state with them would not be loaded.
+            self.coupling = self._interval.last_gradient = None
             return
-        if self._last_gradient is not None and learning_rate:
-            change = (coordinates - self._last_gradient) / learning_rate
+        last = self._interval.last_gradient
+        if last is not None and learning_rate:
+            change = (coordinates - last) / learning_rate
             self.coupling = float((self.subspace.eigenvalues.sqrt() * change).norm())
-        self._last_gradient = coordinates
+        self._interval.last_gradient = coordinates
 
     def counters(self) -> dict[str, int | float | None]:
         """The plain numbers that a checkpoint carries."""
@@ -290,11 +302,11 @@ class SafetyGeometry:
     def vectors(self) -> dict[str, Tensor | None]:
         """The k-vectors of the present interval that a checkpoint carries."""
         return {
-            "position": self._position,
-            "taken_back": self._taken_back,
+            "position": self._interval.position,
+            "taken_back": self._interval.taken_back,
             "held_targets": self.rota.held_targets,
-            "first_drift": self._first_drift,
-            "last_gradient": self._last_gradient,
+            "first_drift": self._interval.first_drift,
+            "last_gradient": self._interval.last_gradient,
         }
 
     def resume(
@@ -314,43 +326,24 @@ class SafetyGeometry:
         self.history = [Measurement(*entry) for entry in state["history"]]
         self.subspace = subspace
         if subspace is not None:
-            self._position = vectors["position"]  # type: ignore[assignment]
-            self._taken_back = vectors["taken_back"]  # type: ignore[assignment]
+            self._interval = Interval(
+                vectors["position"],  # type: ignore[arg-type]
+                vectors["taken_back"],  # type: ignore[arg-type]
+                vectors["first_drift"],
+                vectors["last_gradient"],
+            )
             self.rota.held_targets = vectors["held_targets"]  # type: ignore[assignment]
-            self._first_drift = vectors["first_drift"]
-            self._last_gradient = vectors["last_gradient"]
-
-    def _map(self, c: Tensor) -> Tensor:
-        """The configured map c → c⁺; its target c* is the anchor."""
-        assert self.subspace is not None
-        surrogate, target = self.subspace.surrogate, torch.zeros_like(c)
-        mode = self.config.mode
-        if mode == "none":
-            return c
-        if mode == "project":
-            return target
-        if mode == "damp":
-            mean = surrogate.eigenvalues.mean().clamp(min=torch.finfo(c.dtype).tiny)
-            relative = surrogate.eigenvalues / mean
-            return maps.damp(c, target, relative, self.config.damping)
-        if mode == "budget":
-            assert self.reference is not None
-            rise = self.reference + self.config.budget - surrogate.value
-            return maps.limit_to_budget(c, surrogate, max(rise, 0.0))
-        if self._first_drift is None:
-            self._first_drift = c - self._position
-        return maps.remove_acceleration(self._position, self._first_drift)
-
-    def _drift(self) -> float:
-        """The surrogate's rise where all steps since the last refresh would have led, in nats."""
-        assert self.subspace is not None
-        surrogate = self.subspace.surrogate
-        return surrogate.predict(self._position + self._taken_back) - surrogate.value
 
     @property
     def _restores(self) -> bool:
         """Whether lost examples are brought back: a random subspace knows none."""
         return self.config.restore_alignment and self.config.curvature == "fisher"
+
+    @property
+    def _trial_limit(self) -> float:
+        """The loss of the trial examples up to which they have lost nothing."""
+        assert self._trial_reference is not None
+        return self._trial_reference + self.config.budget
 
     def _refresh(
         self,
@@ -380,17 +373,15 @@ class SafetyGeometry:
         if not self._restores:
             return trial
         assert self.subspace is not None
-        window = self.subspace.window
-        goal = window.losses_at(self._reference_odds) + self.config.budget
-        if not window.loses(goal, _UNNOTICED):
-            return trial
-        beyond = 0.0 if search or self.probe.loss is not refusal_nll else _FIRMER
-        step = window.restoring_step(goal, self.config.newton_damping, beyond)
-        if not step.any():
+        window, odds = self.subspace.window, self._reference_odds
+        step = step_back(window, odds, self.probe, self.config, firmer=not search)
+        if step is None:
             return trial
         before_move()
         if search or steps >= _SOON:
-            step, trial = self._search(params, step, trial)
+            step, trial = searched(
+                self.subspace, params, step, self.probe, self.rota.trial, self._trial_limit, trial
+            )
         else:
             self.subspace.shift(params, step)
             trial = None
@@ -400,6 +391,14 @@ class SafetyGeometry:
         restored = expected if trial is None else trial
         self.history[-1] = replace(self.history[-1], restored_to=restored)
         return trial
+
+    def _searched_refresh(
+        self, params: Sequence[Tensor], before_move: Callable[[], None], count: int, trial: float
+    ) -> float:
+        """`_refresh` for `restore`, from and to a trial loss that is known."""
+        found = self._refresh(params, before_move, count, search=True, trial=trial)
+        assert found is not None  # a search measures it, and without one it is as before
+        return found
 
     def _due(self, most: int) -> int:
         """Number of safety examples to look at now: one for each step since the last look."""
@@ -418,31 +417,8 @@ class SafetyGeometry:
         if self.pull is not None and squares is not None:
             self.pull = self.pull.observed(squares, self.probe.layout(params))
         self.last_refresh = self.step_count
-        self._position = torch.zeros_like(self.subspace.anchor)
-        self._taken_back = torch.zeros_like(self.subspace.anchor)
-        self._first_drift = self._last_gradient = None
+        self._interval = Interval.at(self.subspace.anchor)
         value = self.subspace.surrogate.value
         self.history.append(Measurement(self.step_count, value, predicted, None, len(look.safety)))
         logger.info("safety subspace at step %d: %s", self.step_count, self.history[-1])
         return len(look.indices)
-
-    def _search(
-        self, params: Sequence[Tensor], step: Tensor, before: float | None
-    ) -> tuple[Tensor, float]:
-        """Backtracking line search on the trial examples; moves the parameters.
-
-        Returns:
-            The step taken, zero if every length raises the trial loss, and the trial loss there.
-        """
-        assert self.subspace is not None
-        assert self._trial_reference is not None
-        trial = self.rota.trial
-        before = finite(self.probe.value(trial)) if before is None else before
-        # Where the trial examples have lost nothing, the step need not improve them.
-        limit = max(before, self._trial_reference + self.config.budget)
-        length, value = backtrack(
-            self.subspace, params, step, _LENGTHS, lambda: self.probe.value(trial), limit
-        )
-        if value is not None:
-            return length * step, value
-        return torch.zeros_like(step), before

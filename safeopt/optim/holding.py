@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.subspace import SafetySubspace
+from safeopt.optim.copies import copied, put_back
 
 
 class _Held(NamedTuple):
@@ -20,8 +21,8 @@ class _Held(NamedTuple):
 class HeldParameters:
     """Moves parameters inside the safety subspace and returns them.
 
-    θ is kept as a copy and copied back: (θ + ε) − ε would leave a rounding error each time, which
-    in bfloat16 is as large as ε itself. Memory: one number for each parameter while held.
+    θ is kept as a copy and copied back (`safeopt.optim.copies`). Memory: one number for each
+    parameter while held.
     """
 
     def __init__(self) -> None:
@@ -48,12 +49,11 @@ class HeldParameters:
             params: the protected parameters, at θ.
             change: shape ``(k,)``.
         """
-        copies = [p.detach().clone() for p in params]
+        copies = copied(params)
         try:
             subspace.shift(params, change)
         except BaseException:
-            for p, copy in zip(params, copies, strict=True):
-                p.copy_(copy)
+            put_back(params, copies)
             raise
         self._held = [_Held(p, copy, p._version) for p, copy in zip(params, copies, strict=True)]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.distributed import Layout, local
+from safeopt.optim.copies import copied, put_back
 
 
 def backtrack(
@@ -33,21 +33,15 @@ def backtrack(
         The length, and the loss there; 0 and None where no length is good enough, and the
         parameters are where they were.
 
-    Memory: a copy of the parameters. Shorter steps go from there, not back from the longer one: in
-    bfloat16 (θ + s) − s is not θ, and would keep up to a third of a step that was refused.
+    Memory: a copy of the parameters (`safeopt.optim.copies`): shorter steps go from there, not back
+    from the longer one, which would keep up to a third of a step that was refused.
     """
-    start = [local(p).detach().clone() for p in params]
+    start = copied(map(local, params))
     for length in lengths:
         subspace.shift(params, length * step)
         value = measure()
         if value < limit:
             return length, value
-        _put(params, start)
+        put_back(map(local, params), start)
     Layout.of(params).publish()
     return 0.0, None
-
-
-@torch.no_grad()
-def _put(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for p, value in zip(params, values, strict=True):
-        local(p).copy_(value)

@@ -69,7 +69,7 @@ def hide_basis(
 def hide_pull(
     state: dict[str, Any], optimizer: Optimizer, params: Sequence[Tensor], blocks: Sequence[Tensor]
 ) -> None:
-    """Put the blocks of a pull, shape ``(2, *part)``, among the parameters' own entries."""
+    """Put the blocks of a pull, shape ``(3, *part)``, among the parameters' own entries."""
     _hide_blocks(state, optimizer, params, _PULL, blocks)
 
 

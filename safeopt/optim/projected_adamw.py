@@ -22,7 +22,7 @@ class ProjectedAdamW(torch.optim.AdamW):
 
         before step 1:        a_0, U, Λ  from a few safety examples at the aligned model
         at every step t:      θ'  = AdamW(θ, g)
-                              θ'  ← θ' + w ⊙ (θ_0 − θ')       with elastic > 0
+                              θ'  ← θ' + w ⊙ (θ_0 − θ')       safeopt.optim.elastic
                               c   = Uᵀθ' − Uᵀθ_r
                               θ'' = θ' + U(map(c) − c)
         at a refresh:         measure A on new examples; renew U, Λ
@@ -57,7 +57,7 @@ class ProjectedAdamW(torch.optim.AdamW):
         trial_examples: safety examples kept apart for the line search.
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
         basis: how U is stored.
-        elastic: strength of a pull back to the aligned model; none by default.
+        elastic: strength of a pull back to the aligned model; 0 leaves it out.
         seed: of the order of the safety examples.
         on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
             or a gradient fails, see `safeopt.optim.protection`.
@@ -81,7 +81,7 @@ class ProjectedAdamW(torch.optim.AdamW):
     Cost: a step adds 3·k·n multiplications; a refresh one forward and one backward pass on at most
     ``examples`` short prompts (twice as many in `restore`; and three held ones for four of them, if
     there are); the first step also a forward pass on the trial examples and at most 24 held ones.
-    Memory: k float32 numbers for each protected parameter, two more with ``elastic``.
+    Memory: k float32 numbers for each protected parameter, three more with ``elastic``.
 
     Source: the safety subspace and its curvature coupling are those of Springer et al. 2026
     (arXiv 2602.15799); AdamW is Loshchilov and Hutter 2019 (arXiv 1711.05101).

@@ -203,8 +203,10 @@ def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
         ValueError: if protected parameters were added or frozen since the first estimate.
     """
     params = spanned_parameters(optimizer, geometry)
-    with torch.inference_mode(False), at_average(optimizer, params, geometry):
-        return geometry.restore(params)
+    with torch.inference_mode(False), at_average(optimizer, params, geometry) as follow:
+        measured = geometry.restore(params)
+        follow()
+        return measured
 
 
 def _unprotected(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -258,8 +260,9 @@ class _Protection:
         self._protects = False  # a subclass's step around its parent's has these hooks twice
         params = self._geometry.spanned
         try:
-            with at_average(optimizer, params, self._geometry):
-                self._geometry.after_step(params, largest_learning_rate(optimizer))
+            with at_average(optimizer, params, self._geometry) as follow:
+                rate = largest_learning_rate(optimizer)
+                self._geometry.after_step(params, rate, moved=follow)
         except Exception as error:
             report(error, self._policy)
 

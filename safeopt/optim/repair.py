@@ -38,6 +38,7 @@ from safeopt.curvature.window import Window
 from safeopt.isolation import trainability_kept
 from safeopt.losses import Batch
 from safeopt.optim.config import SafetyConfig
+from safeopt.optim.copies import copied, put_back
 from safeopt.optim.estimate import gradient_rows
 from safeopt.optim.examples import ExampleRota, held_beside, require_enough
 from safeopt.optim.line_search import backtrack
@@ -195,13 +196,11 @@ def repair(
         damping=newton_damping,
         basis=basis,
     )
-    kept = [p.detach().clone() for p in params]
+    kept = copied(params)
     try:
         before, steps, after = work.run(refreshes)
     except BaseException:
-        with torch.no_grad():
-            for p, value in zip(params, kept, strict=True):
-                p.copy_(value)
+        put_back(params, kept)
         raise
     return RepairReport(goal, budget, before, after, *work.task_losses, tuple(steps), work.passes())
 

@@ -18,8 +18,9 @@ Source: Defazio et al. 2024, "The Road Less Scheduled" (arXiv 2405.15682).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,21 +37,25 @@ def is_schedule_free(optimizer: Optimizer) -> bool:
 @contextmanager
 def at_average(
     optimizer: Optimizer, params: Sequence[Tensor], geometry: SafetyGeometry
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """The parameters of a schedule-free optimizer are x inside; others are left as they are.
 
-    At the end z follows x inside the subspace, and the parameters are y again if they were before.
+    At the end the parameters are y again if they were before. Where something raises, nothing but
+    that is done: one rank may be alone with its error, and z takes all ranks to follow.
 
     Args:
         optimizer: any optimizer.
         params: its protected parameters.
         geometry: what moves them inside.
 
+    Yields:
+        What all ranks must call after they have moved x: z then follows it inside the subspace.
+
     Raises:
         TypeError: for one with such a mode that does not keep z alone, from which x is computed.
     """
     if not is_schedule_free(optimizer):
-        yield
+        yield _nothing
         return
     states = [optimizer.state[p] for p in params if optimizer.state.get(p)]
     if any("z" not in state or "x" in state for state in states):
@@ -63,11 +68,14 @@ def at_average(
     if training:
         optimizer.eval()  # type: ignore[attr-defined]
     try:
-        yield
+        yield partial(_follow, optimizer, params, geometry)
     finally:
-        _follow(optimizer, params, geometry)
         if training:
             optimizer.train()  # type: ignore[attr-defined]
+
+
+def _nothing() -> None:
+    """There is no z to follow."""
 
 
 def _follow(optimizer: Optimizer, params: Sequence[Tensor], geometry: SafetyGeometry) -> None:

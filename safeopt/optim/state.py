@@ -6,7 +6,7 @@ torch's habit of casting optimizer state to the parameter's dtype.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -21,20 +21,19 @@ from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
 from safeopt.distributed import local, reshard
 from safeopt.optim.elastic import ElasticPull
-from safeopt.optim.estimate import pulls
+from safeopt.optim.estimate import log_without_pull, pulls
 from safeopt.passes import PassCounter
 from safeopt.rows import row_dtype
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
 
-VERSION = 8  # since it names the parameters of the basis, and knows a pull to the aligned model
+VERSION = 9  # since the pull to the aligned model knows the task's curvature
 _WHERE = 'state_dict["safety"]'
 _COUNTS = ("step_count", "last_refresh", "held_count", "drawn", "held_drawn", "checked")
 _OTHERS = ("opening", "trial", "history", "passes", "kl_reference", "pull", "subspace")
-_NUMBERS = (
-    "reference", "reference_odds", "trial_reference", "coupling", "last_rate", "travelled",
-)  # fmt: skip
+_REFERENCES = ("reference", "reference_odds", "trial_reference")  # known once there is a subspace
+_NUMBERS = (*_REFERENCES, "coupling", "last_rate", "travelled")
 # The tensors of a subspace by their shapes: k directions, w examples in the window, h held ones.
 _SHAPES = {
     "eigenvalues": "k",
@@ -104,11 +103,21 @@ def check_state(
     if missing:
         raise ValueError(f"{_WHERE}: {', '.join(sorted(missing))} is missing")
     for name in _COUNTS:
-        if not (isinstance(state[name], int) and state[name] >= 0):
+        if not (isinstance(state[name], int) and _is_number(state[name]) and state[name] >= 0):
             raise ValueError(f"{_WHERE}: {name}={state[name]!r}; expected a count")
+    for name in ("last_refresh", "checked"):
+        if state[name] > state["step_count"]:
+            raise ValueError(
+                f"{_WHERE}: {name}={state[name]}; expected at most step_count={state['step_count']}"
+            )
     for name in _NUMBERS:
         if not (state[name] is None or _is_number(state[name])):
             raise ValueError(f"{_WHERE}: {name}={state[name]!r}; expected a finite number or None")
+    if state["travelled"] is None or state["travelled"] < 0:
+        raise ValueError(
+            f"{_WHERE}: travelled={state['travelled']!r}; expected a number of at least 0, the sum "
+            "of the learning rates so far"
+        )
     history, passes = state["history"], state["passes"]
     if not (isinstance(history, list) and all(_is_entry(entry) for entry in history)):
         raise ValueError(f'{_WHERE}["history"]: expected a list with the numbers of Measurements')
@@ -118,6 +127,14 @@ def check_state(
         raise ValueError(f'{_WHERE}["passes"]: expected finite numbers')
     probe = geometry.probe
     if state["subspace"] is not None:
+        for name in _REFERENCES:
+            if state[name] is None:
+                raise ValueError(
+                    f"{_WHERE}: {name}=None beside a subspace; expected the aligned model's, a "
+                    "finite number"
+                )
+        if not history:
+            raise ValueError(f'{_WHERE}["history"]: empty beside a subspace; expected a first look')
         try:
             probe.check_reference(state["kl_reference"])
         except ValueError as error:
@@ -161,9 +178,8 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
     present = [*_SHAPES, *(name for name in _OPTIONAL if subspace[name] is not None)]
     for name in present:
         vector = subspace[name]
-        if not (isinstance(vector, Tensor) and vector.is_floating_point()):
-            found = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
-            raise ValueError(f'{where}["{name}"]: {found}; expected a floating-point tensor')
+        if not (_is_dense(vector) and vector.dtype == torch.float64):
+            raise ValueError(f'{where}["{name}"]: {_kind(vector)}; expected a dense float64 tensor')
     sizes = {
         "k": subspace["eigenvalues"].numel(),
         "w": subspace["losses"].numel(),
@@ -175,6 +191,8 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
             raise ValueError(
                 f'{where}["{name}"]: shape {tuple(subspace[name].shape)}, expected {expected}'
             )
+    if not all(map(_is_dense, _tensors(subspace["basis"]))):
+        raise ValueError(f'{where}["basis"]: expected dense tensors')
     try:
         basis = basis_from_state(subspace["basis"], params)
     except ValueError as error:
@@ -188,6 +206,9 @@ def _check_subspace(subspace: Any, params: Sequence[Tensor]) -> None:
     for name, tensors in {"basis": _tensors(subspace["basis"]), **vectors}.items():
         if not all(bool(torch.isfinite(x).all()) for x in tensors):
             raise ValueError(f'{where}["{name}"]: it holds a value that is not finite')
+    for name in ("eigenvalues", "tokens"):
+        if bool((subspace[name] < 0).any()):
+            raise ValueError(f'{where}["{name}"]: it holds a negative value')
     if not _is_number(subspace["value"]):
         raise ValueError(f"{where}: value={subspace['value']!r}; expected a finite number")
 
@@ -203,12 +224,14 @@ def _check_pull(pull: Any, params: Sequence[Tensor]) -> None:
         raise ValueError(f"{where}: expected its mean and blocks")
     if not (_is_number(pull["mean"]) and pull["mean"] >= 0):
         raise ValueError(f"{where}: mean={pull['mean']!r}; expected a number of at least 0")
-    shapes = [(2, *local(p).shape) for p in params]
+    shapes = [(3, *local(p).shape) for p in params]
     blocks = _tensors(pull["blocks"])
+    if not all(map(_is_dense, blocks)):
+        raise ValueError(f"{where}: expected dense tensors")
     if [tuple(block.shape) for block in blocks] != shapes:
         raise ValueError(f"{where}: the shapes of its blocks do not fit the parameters")
     for block in blocks:
-        if not (bool(torch.isfinite(block).all()) and bool((block[1] >= 0).all())):
+        if not (bool(torch.isfinite(block).all()) and bool((block[1:] >= 0).all())):
             raise ValueError(f"{where}: it holds a value that is not finite, or a negative square")
 
 
@@ -227,7 +250,20 @@ def _check_order(saved: Any, names: Sequence[str]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether it is one that a float can hold."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+def _is_dense(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor whose numbers can be read one by one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _kind(value: Any) -> str:
+    """What it is, for an error's message."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype}, {'meta' if value.is_meta else value.layout}"
 
 
 def _is_entry(entry: Any) -> bool:
@@ -304,6 +340,8 @@ def load_state(
             **{name: _copy(stored[name], device) for name in _OPTIONAL},
         }
         geometry.probe.restore_reference(state["kl_reference"])
+        if geometry.subspace is None:  # else its own first estimate has told
+            log_without_pull(geometry.config, subspace.basis.kind)
     for name, value in state["passes"].items():
         setattr(geometry.passes, name, value)
     geometry.resume(state, subspace, vectors)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from safeopt.distributed import local, master_of
+from safeopt.optim.copies import copied, put_back
 
 if TYPE_CHECKING:
     from safeopt.optim.geometry import SafetyGeometry
@@ -26,11 +26,10 @@ def whole_or_not_at_all(
 
     Yields:
         What the block must call before it moves the parameters; of several calls the first counts.
-        It copies them, for moving back by the opposite step would leave a rounding error. So the
-        copy does not lie beside a first refresh's per-example gradients, where memory peaks. With
-        masters (DeepSpeed's ZeRO) it also copies the model's whole weights: to publish the masters
-        takes all ranks, and an error of one rank alone would wait for the others instead of ending
-        the run.
+        It copies them (`safeopt.optim.copies`). So the copy does not lie beside a first refresh's
+        per-example gradients, where memory peaks. With masters (DeepSpeed's ZeRO) it also copies
+        the model's whole weights: to publish the masters takes all ranks, and an error of one rank
+        alone would wait for the others instead of ending the run.
     """
     kept: list[Tensor] = []
     subspace, rota = geometry.subspace, geometry.rota
@@ -40,14 +39,13 @@ def whole_or_not_at_all(
 
     def before_move() -> None:
         if not kept:
-            kept.extend([part.detach().clone() for part in _written(params)])
+            kept.extend(copied(_written(params)))
 
     try:
         yield before_move
     except BaseException:
-        with torch.no_grad():
-            for part, value in zip(_written(params) if kept else (), kept, strict=True):
-                part.copy_(value)
+        if kept:
+            put_back(_written(params), kept)
         vars(geometry).update(own)
         geometry.history[:] = history
         vars(rota).update(turns)
@@ -56,6 +54,7 @@ def whole_or_not_at_all(
         raise
 
 
-def _written(params: Sequence[Tensor]) -> list[Tensor]:
+def _written(params: Sequence[Tensor]) -> Iterator[Tensor]:
     """All that this process holds of the parameters and that a move writes to."""
-    return [*map(local, params), *(p for p in params if master_of(p) is not None)]
+    yield from map(local, params)
+    yield from (p for p in params if master_of(p) is not None)
