@@ -26,8 +26,8 @@ CASES = {
     # The longer the window, the more of its few examples stand in it twice: of nearly equal rows
     # rounding decides which direction is kept.
     3: [
-        ("ddp", "ProjectedAdamW", {"lora": True, "window": 14}),
-        ("fsdp", "ProjectedAdamW", {"lora": True, "window": 14}),
+        ("ddp", "ProjectedAdamW", {"lora": True, "window": 14, "elastic": 0.0}),
+        ("fsdp", "ProjectedAdamW", {"lora": True, "window": 14, "elastic": 0.0}),
         ("fsdp", "PreconditionedSGD", {}),
         ("fsdp", "SafetySAM", {"mode": "lookahead"}),
     ],
@@ -135,21 +135,24 @@ def test_safety_examples_are_split_over_the_ranks(results):
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_a_step_sends_two_k_numbers(results, layout):
-    """A refresh adds as many as its small matrices have; parts of gradients stay where they are."""
+def test_a_step_sends_three_k_numbers_and_one(results, layout):
+    """Coordinates of parameters and gradients, then the pull's trace and coordinates.
+
+    A refresh adds as many as its small matrices have; parts of gradients stay where they are.
+    """
     flag = [("allreduce", 4)] if layout == "fsdp" else []
     for mine in results(2)[f"traffic {layout}"]:
         assert [step["examples"] > 0 for step in mine["steps"]].count(True) == 2
         for step in mine["steps"]:
             k, after, q = step["k"], step["after"], step["examples"]
-            always = [*flag, ("allreduce", 2 * k * 8)]
+            always = [*flag, *(("allreduce", 8 * n) for n in (2 * k, 1, k))]
             assert step["calls"][: len(always)] == always
             more = step["calls"][len(always) :]
             if not q:
                 assert more == []
                 continue
             small = sum(size for name, size in more if name == "allreduce")
-            assert small <= 8 * (q * (k + q + after) + after * (after + k) + k + 2 * after)
+            assert small <= 8 * (q * (k + q + after) + after * (after + k) + k + 2 * after + 1)
             names = {name for name, _ in more}
             if layout == "fsdp":  # and the weights, as in any pass of the model
                 assert names == {"allreduce", "allgather_base"}

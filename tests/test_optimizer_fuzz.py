@@ -81,8 +81,7 @@ class Dense:
 
     def pull(self, rate, gradient):
         self.travelled, self.task = self.travelled + rate, self.task + gradient**2
-        safety = self.squares / self.squares[self.squares > 0].mean()
-        task = self.task / self.task[self.task > 0].mean()
+        safety, task = self.squares / self.squares.sum(), self.task / self.task.sum()
         weight = self.config["elastic"] * rate / self.travelled * safety
         if not weight.any():
             return

@@ -45,7 +45,7 @@ class SafetyConfig:
         basis: how U is stored: ``"dense"``, ``"int8"``, ``"factored"``, ``"compressed"``, or
             ``"auto"``, which picks by size, see `safeopt.curvature.bases`.
         elastic: τ of a pull back to the aligned model, see `safeopt.optim.elastic`, at least 0; 0
-            leaves it out, at 1 safety and task count the same. With ``curvature="random"``, and
+            leaves it out. With ``curvature="random"``, and
             with factored and compressed bases, which are there to save the memory that it takes,
             there is none, and the log says so.
         seed: for the order of the safety examples and the random control.
@@ -66,7 +66,7 @@ class SafetyConfig:
     trial_examples: int = 4
     curvature: Curvature = "fisher"
     basis: Storage = "auto"
-    elastic: float = 1.0
+    elastic: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ which the task depends should be left to it. After a step of the base optimizer
 
     that is           θ_i ← θ'_i + w_i (θ₀_i − θ'_i),                w = τrf / (v + τrf)
 
-with f = F / mean F and v = V / mean V; the means are taken over the entries that are not zero.
+with f = F / ΣF and v = V / ΣV, each entry's share of the whole curvature.
 
 F is the diagonal of the empirical Fisher matrix of the safety examples: the sum of the squared
 per-example gradients of all that were looked at so far, which every refresh computes anyway. They
@@ -48,18 +48,18 @@ class ElasticPull:
     Attributes:
         blocks: for each parameter θ₀, F and V, shape ``(3, *p.shape)``, float32 or float64; this
             process's part of them.
-        mean: of F, over the entries of all parameters that are not zero; 0 if none is.
+        trace: ΣF over all parameters and processes.
     """
 
     blocks: list[Tensor]
-    mean: float
+    trace: float
 
     @classmethod
     def at(cls, params: Sequence[Tensor]) -> ElasticPull:
         """The pull to the present parameters, with no curvature yet."""
         parts = [local(p).detach() for p in params]
         blocks = [torch.stack([p, torch.zeros_like(p), torch.zeros_like(p)]) for p in parts]
-        return cls([b.to(row_dtype(p)) for b, p in zip(blocks, parts, strict=True)], mean=0.0)
+        return cls([b.to(row_dtype(p)) for b, p in zip(blocks, parts, strict=True)], trace=0.0)
 
     def observed(self, squares: Sequence[Tensor], layout: Layout) -> ElasticPull:
         """With the `squares` of more safety examples; this one stays as it is."""
@@ -67,7 +67,7 @@ class ElasticPull:
             torch.stack([block[0], block[1] + more, block[2]])
             for block, more in zip(self.blocks, squares, strict=True)
         ]
-        return ElasticPull(blocks, _mean([block[1] for block in blocks], layout))
+        return ElasticPull(blocks, _trace([block[1] for block in blocks], layout))
 
     @torch.no_grad()
     def observe_task(self, gradients: Sequence[Tensor | None]) -> None:
@@ -105,12 +105,14 @@ class ElasticPull:
         """What the pull adds, w ⊙ (θ₀ − θ), in the dtype of the blocks."""
         here = [p.to(b.dtype) for p, b in zip(parts, self.blocks, strict=True)]
         moves = torch._foreach_sub([block[0] for block in self.blocks], here)
-        relative = strength / self.mean if self.mean else 0.0
+        relative = strength / self.trace if self.trace else 0.0
         pulls = torch._foreach_mul([block[1] for block in self.blocks], relative)
-        sums = [block[2] for block in self.blocks]
-        mean = _mean(sums, layout)
-        # Where no task gradient is known, all entries count the same.
-        totals = torch._foreach_div(sums, mean) if mean else [torch.ones_like(s) for s in sums]
+        task = [block[2] for block in self.blocks]
+        trace = _trace(task, layout)
+        if not trace:  # no task gradient is known: all entries count the same
+            task = [torch.ones_like(v) for v in task]
+            trace = _trace(task, layout)
+        totals = torch._foreach_div(task, trace)
         torch._foreach_add_(totals, pulls)
         torch._foreach_clamp_min_(totals, _TINY)
         torch._foreach_mul_(moves, pulls)
@@ -118,15 +120,12 @@ class ElasticPull:
         return moves
 
 
-def _mean(sums: Sequence[Tensor], layout: Layout) -> float:
-    """Mean of the entries that are not zero, over all processes; 0 if none is."""
-    device = sums[0].device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for s in sums:
-        found = (s.sum(dtype=torch.float64), s.count_nonzero().double())
-        total += torch.stack(found).to(device)
-    total = layout.sum(total)
-    return float(total[0] / total[1].clamp(min=1))
+def _trace(diagonal: Sequence[Tensor], layout: Layout) -> float:
+    """Sum of all entries over all processes."""
+    total = torch.zeros((), dtype=torch.float64, device=diagonal[0].device)
+    for part in diagonal:
+        total += part.sum(dtype=torch.float64).to(total.device)
+    return float(layout.sum(total))
 
 
 def squares(rows: GradientRows, factors: Tensor) -> list[Tensor]:

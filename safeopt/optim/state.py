@@ -67,7 +67,7 @@ def pack_state(geometry: SafetyGeometry) -> dict[str, Any]:
         "subspace": None,
     }
     if geometry.pull is not None:
-        state["pull"] = {"mean": geometry.pull.mean, "blocks": _copies(geometry.pull.blocks)}
+        state["pull"] = {"trace": geometry.pull.trace, "blocks": _copies(geometry.pull.blocks)}
     if subspace is not None:
         state["subspace"] = {
             "names": _names(geometry.spanned, geometry.probe.model),
@@ -220,10 +220,10 @@ def _check_pull(pull: Any, params: Sequence[Tensor]) -> None:
             f"{where}: it was saved without a pull, and the aligned parameters to which elastic "
             "would pull are not known any more; build the optimizer with elastic=0"
         )
-    if not (isinstance(pull, Mapping) and {"mean", "blocks"} <= set(pull)):
-        raise ValueError(f"{where}: expected its mean and blocks")
-    if not (_is_number(pull["mean"]) and pull["mean"] >= 0):
-        raise ValueError(f"{where}: mean={pull['mean']!r}; expected a number of at least 0")
+    if not (isinstance(pull, Mapping) and {"trace", "blocks"} <= set(pull)):
+        raise ValueError(f"{where}: expected its trace and blocks")
+    if not (_is_number(pull["trace"]) and pull["trace"] >= 0):
+        raise ValueError(f"{where}: trace={pull['trace']!r}; expected a number of at least 0")
     shapes = [(3, *local(p).shape) for p in params]
     blocks = _tensors(pull["blocks"])
     if not all(map(_is_dense, blocks)):
@@ -352,7 +352,7 @@ def load_state(
             block.detach().to(p.device, row_dtype(p), copy=True)
             for block, p in zip(state["pull"]["blocks"], params, strict=True)
         ]
-        geometry.pull = ElasticPull(blocks, state["pull"]["mean"])
+        geometry.pull = ElasticPull(blocks, state["pull"]["trace"])
 
 
 def _copy(value: Tensor | None, device: torch.device | None = None) -> Tensor | None:
