@@ -135,8 +135,8 @@ def test_safety_examples_are_split_over_the_ranks(results):
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_a_step_sends_three_k_numbers_and_one(results, layout):
-    """Coordinates of parameters and gradients, then the pull's trace and coordinates.
+def test_a_step_sends_two_k_numbers_and_one(results, layout):
+    """The trace of the task's curvature, then coordinates of parameters and gradients.
 
     A refresh adds as many as its small matrices have; parts of gradients stay where they are.
     """
@@ -145,7 +145,7 @@ def test_a_step_sends_three_k_numbers_and_one(results, layout):
         assert [step["examples"] > 0 for step in mine["steps"]].count(True) == 2
         for step in mine["steps"]:
             k, after, q = step["k"], step["after"], step["examples"]
-            always = [*flag, *(("allreduce", 8 * n) for n in (2 * k, 1, k))]
+            always = [*flag, *(("allreduce", 8 * n) for n in (1, 2 * k))]
             assert step["calls"][: len(always)] == always
             more = step["calls"][len(always) :]
             if not q:

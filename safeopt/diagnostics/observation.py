@@ -173,8 +173,8 @@ class Observation:
     def _ratio(self, subspace: SafetySubspace, before: Sequence[Tensor]) -> float | None:
         """‖Uᵀu‖/‖u‖ of the base optimizer's step, from the step that is left of it.
 
-        A protected step is u with another part inside the subspace; outside they are equal but for
-        the pull to the aligned model, where there is one.
+        A protected step is u, with the pull to the aligned model where there is one, and another
+        part inside the subspace; outside they are equal.
         """
         inside = self.geometry.update
         if inside is None:  # no step was protected since a protected optimizer was resumed

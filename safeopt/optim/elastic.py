@@ -33,7 +33,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safeopt.curvature.basis import Basis
 from safeopt.distributed import Layout, local
 from safeopt.rows import GradientRows, row_dtype
 
@@ -82,29 +81,18 @@ class ElasticPull:
                 block[2].clamp_(max=torch.finfo(block.dtype).max)  # a sum that overflows stays
 
     @torch.no_grad()
-    def apply(
-        self, params: Sequence[Tensor], strength: float, basis: Basis, layout: Layout
-    ) -> Tensor:
-        """Pull the parameters, in place and in their own dtypes: θ += w ⊙ (θ₀ − θ).
+    def pulled(self, params: Sequence[Tensor], strength: float, layout: Layout) -> list[Tensor]:
+        """Where the parameters are to come, θ + w ⊙ (θ₀ − θ); they are left as they are.
 
         Args:
             params: the protected parameters after the base optimizer's step.
             strength: τr.
-            basis: U.
             layout: of ``params``.
 
         Returns:
-            Uᵀ of what was added, shape ``(k,)``, float64.
+            This process's part of each, in the dtype of the blocks.
         """
-        parts = [local(p) for p in params]
-        moves = self._moves(parts, strength, layout)
-        torch._foreach_add_(parts, [m.to(p.dtype) for m, p in zip(moves, parts, strict=True)])
-        return basis.coordinates(moves)
-
-    def _moves(self, parts: Sequence[Tensor], strength: float, layout: Layout) -> Sequence[Tensor]:
-        """What the pull adds, w ⊙ (θ₀ − θ), in the dtype of the blocks."""
-        here = [p.to(b.dtype) for p, b in zip(parts, self.blocks, strict=True)]
-        moves = torch._foreach_sub([block[0] for block in self.blocks], here)
+        here = [local(p).to(b.dtype) for p, b in zip(params, self.blocks, strict=True)]
         relative = strength / self.trace if self.trace else 0.0
         pulls = torch._foreach_mul([block[1] for block in self.blocks], relative)
         task = [block[2] for block in self.blocks]
@@ -115,9 +103,11 @@ class ElasticPull:
         totals = torch._foreach_div(task, trace)
         torch._foreach_add_(totals, pulls)
         torch._foreach_clamp_min_(totals, _TINY)
+        torch._foreach_div_(pulls, totals)
+        moves = torch._foreach_sub([block[0] for block in self.blocks], here)
         torch._foreach_mul_(moves, pulls)
-        torch._foreach_div_(moves, totals)
-        return moves
+        torch._foreach_add_(moves, here)
+        return list(moves)
 
 
 def _trace(diagonal: Sequence[Tensor], layout: Layout) -> float:

@@ -30,7 +30,9 @@ from torch import Tensor
 from safeopt.curvature.basis import coordinates_together
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.window import log_odds
+from safeopt.distributed import local
 from safeopt.optim.config import SafetyConfig
+from safeopt.optim.copies import put_back
 from safeopt.optim.elastic import ElasticPull
 from safeopt.optim.estimate import basis_kind, estimate, log_without_pull, pulls
 from safeopt.optim.examples import ExampleRota, require_enough
@@ -68,8 +70,8 @@ class SafetyGeometry:
             of the first look; None before the first step.
         history: all measurements, oldest first.
         coupling: γ_t, see `observe_gradient`; None before two steps on one subspace.
-        update: Uᵀu, the base optimizer's last step inside the subspace, before it was mapped; shape
-            ``(k,)``, None before the first step.
+        update: Uᵀu, the base optimizer's last step inside the subspace, with the pull, before it
+            was mapped; shape ``(k,)``, None before the first step.
         step_count: optimizer steps seen.
         last_rate: learning rate of the last of them; None before the first.
         last_refresh: the step after which the subspace was last estimated.
@@ -173,8 +175,14 @@ class SafetyGeometry:
         """
         if self.subspace is None:
             return
+        travelled = self._travelled + learning_rate
+        pulled: list[Tensor] | None = None
+        if self.pull is not None:
+            self.pull.observe_task([p.grad for p in params] if gradients is None else gradients)
+            strength = self.config.elastic * learning_rate / travelled
+            pulled = self.pull.pulled(params, strength, self.probe.layout(params))
         position, gradient = coordinates_together(
-            self.subspace.basis, params, [p.grad for p in params]
+            self.subspace.basis, pulled or params, [p.grad for p in params]
         )
         if not bool(position.isfinite().all()):
             raise FloatingPointError(
@@ -189,18 +197,15 @@ class SafetyGeometry:
         self.last_rate = learning_rate
         c = position - self.subspace.anchor
         self.update = c - self._interval.position
-        self._travelled += learning_rate
-        if self.pull is not None:
-            self.pull.observe_task([p.grad for p in params] if gradients is None else gradients)
-            strength = self.config.elastic * learning_rate / self._travelled
-            layout = self.probe.layout(params)
-            c = c + self.pull.apply(params, strength, self.subspace.basis, layout)
+        self._travelled = travelled
+        if pulled is not None:
+            put_back((local(p) for p in params), pulled)
         assert self.reference is not None
         surrogate = self.subspace.surrogate
         mapped = self._interval.mapped(c, surrogate, self.config, self.reference)
         if mapped is not c:  # mode "none" moves nothing
             self.subspace.shift(params, mapped - c)
-        elif self.pull is not None:
+        elif pulled is not None:
             self.probe.layout(params).publish()
         self._interval.advance(c, mapped)
         moved()
