@@ -99,6 +99,7 @@ class Plan:
         gradient_bytes: gradients of the trained ones.
         optimizer_bytes: AdamW's two moments.
         bases: each kind of basis.
+        pull_bytes: of the pull to the aligned model, which a dense or int8 basis has beside it.
         refresh_passes: forward and backward passes of one refresh.
         refresh_tokens: tokens that go through them.
         refresh_share: their share of the training time, in the long run; the linear algebra of
@@ -118,6 +119,7 @@ class Plan:
     gradient_bytes: int
     optimizer_bytes: int
     bases: dict[str, BasisPlan]
+    pull_bytes: int
     refresh_passes: int
     refresh_tokens: int
     refresh_share: float
@@ -205,6 +207,7 @@ def plan(
         gradient_bytes=trained * size // world_size,
         optimizer_bytes=2 * trained * size // world_size,
         bases=bases,
+        pull_bytes=3 * _FLOAT32 * trained // world_size,
         refresh_passes=2,
         refresh_tokens=tokens,
         refresh_share=tokens / (tokens + assumed.interval * assumed.tokens_per_step),

@@ -13,6 +13,7 @@ from safeopt.cli.app import app
 from safeopt.curvature.bases import empty_basis
 from safeopt.curvature.solvers import gram
 from safeopt.finetuning.adapter import default_lora
+from safeopt.optim.elastic import ElasticPull
 from safeopt.plan import Assumptions, architectures, load_config, meta_model, plan
 
 # Published totals: each weight once, also where the output layer shares the embedding.
@@ -84,6 +85,7 @@ def test_bytes_equal_those_of_real_bases(tmp_path, lora):
         real[kind] = gram(empty.window(none, rows), 4, torch.float32)[1].nbytes
     assert figures.bases["dense"].nbytes == real["dense"]
     assert figures.bases["int8"].nbytes == pytest.approx(real["int8"], rel=0.05)
+    assert figures.pull_bytes == sum(block.nbytes for block in ElasticPull.at(params).blocks)
     # In the last layer most tokens have no gradient; energy, not r, bounds the other kind's ranks.
     assert 0.7 * figures.bases["factored"].nbytes < real["factored"]
     for kind in ("factored", "compressed"):
@@ -163,6 +165,7 @@ def test_shares_and_devices(tmp_path):
     one, eight = (plan(name, 4, lora=None, world_size=size) for size in (1, 8))
     for field in ("parameter_bytes", "gradient_bytes", "optimizer_bytes"):
         assert getattr(eight, field) == getattr(one, field) // 8
+    assert eight.pull_bytes == one.pull_bytes // 8
     assert eight.bases["dense"].nbytes == one.bases["dense"].nbytes // 8
     assert eight.bases["compressed"].nbytes == one.bases["compressed"].nbytes
     assumed = Assumptions(
