@@ -149,8 +149,8 @@ def plan(
         rank: directions of the safety subspace, at least 1.
         lora: rank of an adapter where PEFT puts it by default, kept in float32; None trains all
             parameters.
-        world_size: devices over which parameters, gradients, moments, and dense and int8 bases are
-            sharded (FSDP2). Factored and compressed bases are on every device.
+        world_size: devices over which parameters, gradients, moments, the pull, and dense and int8
+            bases are sharded (FSDP2). Factored and compressed bases are on every device.
         dtype: of parameters and, without an adapter, their gradients and moments.
         assumptions: see `Assumptions`.
 

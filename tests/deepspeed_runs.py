@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import runpy
 import sys
@@ -20,6 +21,7 @@ from safeopt import ProjectedAdamW, RefreshPolicy, SafetyProbe, safeguard
 
 RATE = 1e-2
 MIDDLE = 9
+CLIP = 1.0  # some steps' gradients are longer
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -105,13 +107,26 @@ def run(stage: int, lora: bool = False, partly: bool = False) -> dict[str, Any]:
     return outcome(engine.module, optimizer)
 
 
-def run_one(lora: bool = False, partly: bool = False) -> dict[str, Any]:
+def clipped(stage: int) -> dict[str, Any]:
+    """Some gradients are clipped."""
+    from safeopt.integrations.deepspeed import protect
+
+    model, probe = model_and_probe()
+    engine = engine_of(model, stage, gradient_clipping=CLIP)
+    optimizer = protect(engine, probe, **options())
+    train(engine, 0, STEPS)
+    return outcome(engine.module, optimizer)
+
+
+def run_one(lora: bool = False, partly: bool = False, clip: float = math.inf) -> dict[str, Any]:
     """The same in one process, without DeepSpeed."""
     model, probe = model_and_probe(lora)
     base = torch.optim.AdamW(groups_of(model, partly), lr=rate_of(lora))
     optimizer = safeguard(base, probe, **options(lora))
     for step in range(STEPS):
         task_loss(model, step).backward()
+        if clip < math.inf:
+            torch.nn.utils.clip_grad_norm_(trainable(model), clip)
         optimizer.step()
         optimizer.zero_grad()
     return outcome(model, optimizer)

@@ -18,7 +18,8 @@ COUPLING = 0.6  # uᵀHg
 EPS = 1e4  # far above every gradient: AdamW is then SGD with the learning rate lr/eps
 AXES = orthogonal(5, seed=1)
 U = AXES[:, 0]
-OPTIONS = {"trial_examples": 1, "examples": 4, "refresh": NEVER}
+# The maps alone, without the pull to the aligned model.
+OPTIONS = {"trial_examples": 1, "examples": 4, "elastic": 0.0, "refresh": NEVER}
 
 
 def problem(*, curvature=0.0, push=0.0, shapes=((2,), (3, 1))):
@@ -83,7 +84,8 @@ def safety_sam(model, **options):
 
 def preconditioned_sgd(model, **options):
     # One refresh interval that is longer than the run, of the default length for τ's default.
-    chosen = {"trial_examples": 1, "examples": 4, "restore_alignment": False, **options}
+    few = {name: OPTIONS[name] for name in ("trial_examples", "examples", "elastic")}
+    chosen = {**few, "restore_alignment": False, **options}
     return PreconditionedSGD(model.parameters(), lr=RATE, probe=probe(model), **chosen)
 
 

@@ -28,6 +28,7 @@ TASKS = {
         "uninterrupted": (work.uninterrupted, 2, work.MIDDLE),
         "half": (work.half, 1),
         "unprotected": (work.with_a_group_unprotected,),
+        "clipped": (work.clipped, 2),
         "overflow": (work.not_finite_on_one_rank,),
         "warned": (work.not_finite_but_warned,),
         "skipped": (work.skipped_batch,),
@@ -61,10 +62,12 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one():
     """The same runs in one process without DeepSpeed."""
-    ((full, lora, partly),) = run_ranks(
-        0, in_turn, [(work.run_one,), (work.run_one, True), (work.run_one, False, True)]
+    runs = [(), (True,), (False, True), (False, False, work.CLIP)]
+    ((full, lora, partly, clipped),) = run_ranks(
+        0, in_turn, [(work.run_one, *given) for given in runs]
     )
-    return {"zero1": full, "zero2": full, "zero2 lora": lora, "unprotected": partly}
+    more = {"unprotected": partly, "clipped": clipped}
+    return {"zero1": full, "zero2": full, "zero2 lora": lora, **more}
 
 
 def assert_same_run(found, expected, tolerance):
@@ -116,6 +119,11 @@ def test_float32_numbers_are_protected_and_the_weights_are_their_rounding(result
 @pytest.mark.slow
 def test_a_group_may_be_left_unprotected(results, one):
     assert_same_run(results[2]["unprotected"], one["unprotected"], 1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_are_clipped_for_the_pull_as_well(results, one):
+    assert_same_run(results[2]["clipped"], one["clipped"], 1e-5)
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ import io
 
 import numpy as np
 import pytest
+import schedulefree
 import torch
+import torch.distributed as dist
 from optimizer_table import build, run
 from quadratic import Quadratic, probe_of
 
@@ -109,6 +111,78 @@ def test_without_task_gradients_all_entries_count_the_same():
     f = share((directions().numpy()[optimizer.safety.rota._pool[:2]] ** 2).sum(0))
     expected = origin - 0.05 * drive / (1 + 2 * f * N)
     assert np.allclose(parameters(model), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("base", ["schedule-free", "nesterov"])
+def test_the_task_is_known_by_its_own_gradients(base, with_closure):
+    """Not by what an optimizer that computes inside of them has left there."""
+    model = Quadratic(torch.zeros(N, N).double(), torch.zeros(N).double(), SHAPES)
+    kind, options = {
+        "schedule-free": (schedulefree.AdamWScheduleFree, {}),
+        "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
+    }[base]
+    plain = kind(model.parameters(), lr=0.05, **options)
+    optimizer = safeguard(plain, probe_of(model, directions()), trial_examples=1, refresh=NEVER)
+    if base == "schedule-free":
+        optimizer.train()
+    squares = np.zeros(N)
+    for drive in (np.linspace(-1, 1, N), np.linspace(0, 3, N)):
+        pieces = torch.as_tensor(drive).split([p.numel() for p in model.weights])
+
+        def closure(pieces=pieces):
+            for p, piece in zip(model.weights, pieces, strict=True):
+                p.grad = piece.reshape(p.shape).clone()
+
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        squares += drive**2
+    found = torch.cat([block[2].flatten() for block in optimizer.safety.pull.blocks])
+    assert np.allclose(found, squares, rtol=1e-12)
+
+
+@pytest.mark.parametrize("basis", ["dense", "int8"])
+def test_coordinates_are_those_of_the_parameters_that_were_written(basis):
+    """A bfloat16 parameter does not come where the pull leads, but to the number beside it."""
+    zeros = torch.zeros(N, N), torch.zeros(N)
+    model = Quadratic(*zeros, SHAPES, dtype=torch.bfloat16)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    options = {"trial_examples": 1, "elastic": 2.0, "refresh": NEVER, "basis": basis, **ALONE}
+    optimizer = safeguard(sgd, probe_of(model, directions().bfloat16()), **options)
+    for _ in range(3):
+        step(model, optimizer, torch.linspace(-1, 1, N).bfloat16())
+        safety = optimizer.safety
+        c = safety.subspace.coordinates(model.weights)
+        assert torch.allclose(c, safety.vectors()["position"], rtol=0, atol=1e-6)
+
+
+def test_a_step_that_cannot_be_protected_is_not_counted():
+    model, optimizer = start(elastic=2.0, refresh=NEVER, **ALONE)
+    step(model, optimizer, np.ones(N))
+    before = [block.clone() for block in optimizer.safety.pull.blocks]
+    with torch.no_grad():
+        model.weights[0][0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="parameters are not finite"):
+        step(model, optimizer, np.ones(N))
+    assert all(map(torch.equal, optimizer.safety.pull.blocks, before))
+
+
+def test_a_state_for_several_processes_is_a_copy(tmp_path):
+    """What is filled into it, or trained after it, is not the other one's."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, optimizer = start(elastic=2.0, refresh=NEVER, **ALONE)
+        step(model, optimizer, np.ones(N))
+        saved = [entry["safety_pull"] for entry in optimizer.state_dict()["state"].values()]
+        before = copy.deepcopy(saved)
+        step(model, optimizer, np.ones(N))
+        assert all(map(torch.equal, saved, before))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_projected_step_still_ends_at_the_anchor():

@@ -190,11 +190,11 @@ def test_the_coupling_follows_a_learning_rate_that_jumps(guarded):
     generator = torch.Generator().manual_seed(1)
     slope, *directions = torch.randn(7, 12, generator=generator).double()
     model = Quadratic(hessian, slope)
-    options = {"rank": 4, "trial_examples": 1, "refresh": NEVER}
+    options = {"rank": 4, "trial_examples": 1, "elastic": 0.0, "refresh": NEVER}
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     probe = quadratic_probe(model, torch.stack(directions))
     if guarded:
-        optimizer = safeguard(sgd, probe, mode="none", elastic=0.0, **options)
+        optimizer = safeguard(sgd, probe, mode="none", **options)
     else:
         optimizer = SafetySAM(
             sgd, probe=probe, rho=1e-9, mode="two_pass", protection="none", **options

@@ -172,11 +172,11 @@ class _Master:
 
 
 def _gradient(p: Any) -> Tensor | None:
-    """This rank's range of a parameter's gradient, which the engine's step clears."""
+    """This rank's range of a parameter's gradient; a copy, for the engine's step clears it."""
     if p._hp_mapping is None:  # other ranks have all of it
         return None
     found: Tensor = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
-    return found.flatten()
+    return found.detach().flatten().to(torch.float32, copy=True)
 
 
 class _Protection:
@@ -204,16 +204,28 @@ class _Protection:
         moves = largest_learning_rate(self._zero) > 0 and self._accepts()
         if moves:
             self._geometry.before_step(self._params)
-        pulls = self._geometry.pull is not None
+        pulls = moves and self._geometry.pull is not None
         gradients = [_gradient(p) for p in self._params] if pulls else None
+        scale = self._zero.loss_scale
         self._own_step(closure)
         if not moves or self._zero.overflow:  # with an overflow of float16 nothing has moved
             return
+        if gradients is not None:
+            self._unscale(gradients, scale)
         rate = largest_learning_rate(self._zero)
         try:
             self._geometry.after_step(self._params, rate, gradients=gradients)
         except Exception as error:
             report(error, self._policy)
+
+    def _unscale(self, gradients: Sequence[Tensor | None], scale: float) -> None:
+        """Divide them by the loss scale and clip them, in place, as the engine's step has done."""
+        limit = self._zero.clip_grad
+        if limit > 0:
+            scale *= max(1.0, (float(self._zero._global_grad_norm) + 1e-6) / limit)
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.div_(scale)
 
     def restore(self) -> Measurement:
         """See `ProjectedAdamW.restore`. All ranks call it."""

@@ -45,9 +45,8 @@ class SafetyConfig:
         basis: how U is stored: ``"dense"``, ``"int8"``, ``"factored"``, ``"compressed"``, or
             ``"auto"``, which picks by size, see `safeopt.curvature.bases`.
         elastic: τ of a pull back to the aligned model, see `safeopt.optim.elastic`, at least 0; 0
-            leaves it out. With ``curvature="random"``, and
-            with factored and compressed bases, which are there to save the memory that it takes,
-            there is none, and the log says so.
+            leaves it out. With ``curvature="random"``, and with factored and compressed bases,
+            which are there to save the memory that it takes, there is none, and the log says so.
         seed: for the order of the safety examples and the random control.
 
     Raises:

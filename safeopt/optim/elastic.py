@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from safeopt.distributed import Layout, local
+from safeopt.optim.copies import put_back
 from safeopt.rows import GradientRows, row_dtype
 
 # Where neither the task nor safety has a gradient, nothing is pulled: not 0/0.
@@ -69,33 +70,45 @@ class ElasticPull:
         return ElasticPull(blocks, _trace([block[1] for block in blocks], layout))
 
     @torch.no_grad()
-    def observe_task(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add the squares of a step's task gradients to V, in place.
+    def task_with(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """V with the squares of a step's task gradients; the one that is kept stays as it is.
 
         Args:
             gradients: finite; of any dtype; None where a parameter has none.
         """
+        task = []
         for block, gradient in zip(self.blocks, gradients, strict=True):
-            if gradient is not None:
-                block[2].add_(local(gradient).to(block.dtype).square())
-                block[2].clamp_(max=torch.finfo(block.dtype).max)  # a sum that overflows stays
+            if gradient is None:
+                task.append(block[2])
+            else:
+                total = local(gradient).to(block.dtype).square().add_(block[2])
+                # A sum that overflows stays.
+                task.append(total.clamp_(max=torch.finfo(block.dtype).max))
+        return task
+
+    def keep_task(self, task: Sequence[Tensor]) -> None:
+        """Make what `task_with` has found V, in place."""
+        put_back((block[2] for block in self.blocks), task)
 
     @torch.no_grad()
-    def pulled(self, params: Sequence[Tensor], strength: float, layout: Layout) -> list[Tensor]:
+    def pulled(
+        self, params: Sequence[Tensor], task: list[Tensor], strength: float, layout: Layout
+    ) -> list[Tensor]:
         """Where the parameters are to come, θ + w ⊙ (θ₀ − θ); they are left as they are.
 
         Args:
             params: the protected parameters after the base optimizer's step.
+            task: V, see `task_with`.
             strength: τr.
             layout: of ``params``.
 
         Returns:
-            This process's part of each, in the dtype of the blocks.
+            This process's part of each, rounded to its own dtype: what can be written.
         """
-        here = [local(p).to(b.dtype) for p, b in zip(params, self.blocks, strict=True)]
+        parts = [local(p) for p in params]
+        here = [p.to(b.dtype) for p, b in zip(parts, self.blocks, strict=True)]
         relative = strength / self.trace if self.trace else 0.0
         pulls = torch._foreach_mul([block[1] for block in self.blocks], relative)
-        task = [block[2] for block in self.blocks]
         trace = _trace(task, layout)
         if not trace:  # no task gradient is known: all entries count the same
             task = [torch.ones_like(v) for v in task]
@@ -107,7 +120,7 @@ class ElasticPull:
         moves = torch._foreach_sub([block[0] for block in self.blocks], here)
         torch._foreach_mul_(moves, pulls)
         torch._foreach_add_(moves, here)
-        return list(moves)
+        return [move.to(p.dtype) for move, p in zip(moves, parts, strict=True)]
 
 
 def _trace(diagonal: Sequence[Tensor], layout: Layout) -> float:

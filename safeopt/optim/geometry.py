@@ -166,8 +166,8 @@ class SafetyGeometry:
             learning_rate: the step's learning rate, for the next step's coupling.
             moved: called after they were mapped, and once more after a refresh; by all ranks, and
                 not where something raises.
-            gradients: the step's, where the base optimizer has cleared those of ``params``; this
-                process's part of them.
+            gradients: the step's, where the base optimizer has cleared or overwritten those of
+                ``params``; this process's part of them.
 
         Raises:
             FloatingPointError: if parameters are not finite, before anything has changed: one
@@ -176,11 +176,13 @@ class SafetyGeometry:
         if self.subspace is None:
             return
         travelled = self._travelled + learning_rate
+        task: list[Tensor] = []
         pulled: list[Tensor] | None = None
         if self.pull is not None:
-            self.pull.observe_task([p.grad for p in params] if gradients is None else gradients)
+            taken = [p.grad for p in params] if gradients is None else gradients
+            task = self.pull.task_with(taken)
             strength = self.config.elastic * learning_rate / travelled
-            pulled = self.pull.pulled(params, strength, self.probe.layout(params))
+            pulled = self.pull.pulled(params, task, strength, self.probe.layout(params))
         position, gradient = coordinates_together(
             self.subspace.basis, pulled or params, [p.grad for p in params]
         )
@@ -198,7 +200,8 @@ class SafetyGeometry:
         c = position - self.subspace.anchor
         self.update = c - self._interval.position
         self._travelled = travelled
-        if pulled is not None:
+        if self.pull is not None and pulled is not None:
+            self.pull.keep_task(task)
             put_back((local(p) for p in params), pulled)
         assert self.reference is not None
         surrogate = self.subspace.surrogate

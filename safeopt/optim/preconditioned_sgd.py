@@ -69,14 +69,15 @@ class PreconditionedSGD(torch.optim.SGD):
                               d   = g + momentum·b if nesterov else b       (g without momentum)
                               θ   = (1 − lr·weight_decay)·θ − lr·d
                               θ  += lr·U M Uᵀd                   i.e. −lr·(I + UΛUᵀ/τ)⁻¹d in all
+                              θ  += w ⊙ (θ_0 − θ)                safeopt.optim.elastic
                               θ  += U(map(c) − c)
         at a refresh:         as `ProjectedAdamW`
 
     A group's learning rate multiplies its part of the preconditioned direction, so that this leaves
-    a group with ``lr=0`` where it is. The map (none by default), refreshes and restoring move all
-    protected groups: to keep one still, use ``protect=False`` or ``requires_grad_(False)`` before
-    the first step. A protected parameter without a gradient counts as one with a gradient of zero:
-    its part of U M Uᵀd moves it.
+    a group with ``lr=0`` where it is. The pull, the map (none by default), refreshes and restoring
+    move all protected groups: to keep one still, use ``protect=False`` or ``requires_grad_(False)``
+    before the first step. A protected parameter without a gradient counts as one with a gradient of
+    zero: its part of U M Uᵀd moves it, and the pull, where there is one, brings it back.
 
     Args:
         params: parameters, or groups of them. A group with ``protect=False`` is trained by plain
@@ -124,8 +125,9 @@ class PreconditionedSGD(torch.optim.SGD):
         TypeError: if ``probe`` is not a `SafetyProbe`; in ``step``, for sparse gradients.
 
     Cost: a step adds 2·k·n multiplications for the preconditioner to the 3·k·n of the geometry, a
-    refresh 2·k²·n for UᵀU. Memory: k float32 numbers for each protected parameter; one more while
-    UᵀU is computed, or in every step if protected groups differ in their learning rates.
+    refresh 2·k²·n for UᵀU. Memory: k float32 numbers for each protected parameter, three more with
+    ``elastic``; one more while UᵀU is computed, or in every step if protected groups differ in
+    their learning rates.
 
     Source: Frangella, Rathore, Zhao, Udell 2022, "SketchySGD" (arXiv 2211.08597), where the
     curvature is the task's; here it is the safety curvature of Springer et al. 2026

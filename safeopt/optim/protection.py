@@ -44,7 +44,7 @@ from safeopt.optim.estimate import basis_kind, pulls
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.portable import hide, hide_basis, hide_pull, in_process_group, reveal, stripped
-from safeopt.optim.schedule_free import at_average
+from safeopt.optim.schedule_free import at_average, is_schedule_free
 from safeopt.optim.state import check_state, in_saved_order, load_state, pack_state
 
 OnRefreshError = Literal["raise", "warn"]
@@ -125,6 +125,15 @@ def is_inert(
     return (
         unmoved or not largest_learning_rate(optimizer) > 0 or (found is not None and bool(found))
     )
+
+
+def overwrites_gradients(optimizer: Optimizer) -> bool:
+    """Whether its step computes inside of the gradients: afterwards they are those no more.
+
+    Schedule-free optimizers divide them in place, torch's SGD adds Nesterov's momentum to them.
+    """
+    nesterov = any(group.get("nesterov") for group in optimizer.param_groups)
+    return nesterov or is_schedule_free(optimizer)
 
 
 def largest_learning_rate(optimizer: Optimizer) -> float:
@@ -221,6 +230,7 @@ class _Protection:
         self._geometry = geometry
         self._policy = on_refresh_error
         self._protects = False  # whether the present step is protected
+        self._gradients: list[Tensor | None] | None = None  # its own, where it overwrites them
         self._checked: Mapping[str, Any] = {}  # a state between the two hooks of loading
 
     @_disable_dynamo
@@ -228,7 +238,7 @@ class _Protection:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Make the first estimate; refuse what cannot be protected before anything has moved."""
-        self._protects = False
+        self._protects, self._gradients = False, None
         check_groups(optimizer)
         params = protected_parameters(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
@@ -239,13 +249,15 @@ class _Protection:
             return None
         self._geometry.before_step(params)
         # Decided before the step: the optimizer, or another hook, may clear the gradients in it.
-        self._protects = any(p.grad is not None for p in params)
+        self._begins(optimizer, params)
         if closure is None:
             return None
 
         def evaluate() -> Any:
             loss = closure()
-            self._protects = self._accepts(params) and any(p.grad is not None for p in params)
+            self._protects = False
+            if self._accepts(params):
+                self._begins(optimizer, params)
             return loss
 
         if len(args) > 1:
@@ -259,10 +271,11 @@ class _Protection:
             return
         self._protects = False  # a subclass's step around its parent's has these hooks twice
         params = self._geometry.spanned
+        gradients, self._gradients = self._gradients, None
         try:
             with at_average(optimizer, params, self._geometry) as follow:
                 rate = largest_learning_rate(optimizer)
-                self._geometry.after_step(params, rate, moved=follow)
+                self._geometry.after_step(params, rate, moved=follow, gradients=gradients)
         except Exception as error:
             report(error, self._policy)
 
@@ -278,11 +291,10 @@ class _Protection:
             if state[_KEY]["subspace"] is not None:
                 blocks = state[_KEY]["subspace"].pop("basis")["blocks"]
             hide_basis(state, optimizer, params, blocks, geometry.config.largest_rank)
-            if pulls(geometry.config, kind):
-                pull = geometry.pull or ElasticPull.at(params)  # an entry for DCP to fill
-                hide_pull(state, optimizer, params, pull.blocks)
             if state[_KEY]["pull"] is not None:
-                del state[_KEY]["pull"]["blocks"]
+                hide_pull(state, optimizer, params, state[_KEY]["pull"].pop("blocks"))
+            elif pulls(geometry.config, kind):  # an entry for DCP to fill
+                hide_pull(state, optimizer, params, ElasticPull.at(params).blocks)
             hide(state, _KEY)
 
     def check(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -314,6 +326,13 @@ class _Protection:
         """
         params = loaded_parameters(optimizer, self._geometry) or protected_parameters(optimizer)
         return in_saved_order(params, state, self._geometry.probe.model)
+
+    def _begins(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+        """Note of a step's gradients whether there are any, and what they are if need be."""
+        self._protects = any(p.grad is not None for p in params)
+        if self._protects and self._geometry.pull is not None and overwrites_gradients(optimizer):
+            found = locals_of([p.grad for p in params])
+            self._gradients = [None if g is None else g.detach().clone() for g in found]
 
     def _accepts(self, params: Sequence[Tensor]) -> bool:
         """Whether the step with these gradients can be protected.

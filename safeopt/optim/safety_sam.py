@@ -108,7 +108,8 @@ class SafetySAM(OptimizerWrapper):
         beta: β of the average in ``"lookahead"``, in [0, 1).
         rank: see `SafetyConfig`, as for all arguments up to ``seed``.
         protection: the map c → c⁺ after the step, called ``mode`` elsewhere.
-        damping: strength of the map; 0 leaves it out, but not the restoring at refreshes.
+        damping: strength of the map; 0 leaves it out, but neither the restoring at refreshes nor
+            the pull.
         budget: accepted rise of the alignment loss, in nats a token.
         refresh: when to estimate the subspace anew.
         examples: new safety examples at one refresh, at most.
@@ -136,8 +137,8 @@ class SafetySAM(OptimizerWrapper):
 
     Cost: ``two_pass`` one more evaluation of the closure a step, ``lookahead`` none; 3·k·n
     multiplications beside the geometry's. Memory: k float32 numbers for each protected parameter,
-    and a copy of it while it is perturbed. In bfloat16 an ε below half a unit in the last place of
-    a parameter does not move it: keep trained parameters in float32.
+    three more with ``elastic``, and a copy of it while it is perturbed. In bfloat16 an ε below half
+    a unit in the last place of a parameter does not move it: keep trained parameters in float32.
 
     Source: Foret et al. 2021 (arXiv 2010.01412); the safety subspace and its coupling are those of
     Springer et al. 2026 (arXiv 2602.15799); holding the parameters beside θ follows Defazio et al.

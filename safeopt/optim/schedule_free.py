@@ -6,10 +6,11 @@ They keep two sequences, and the gradient is taken at a third point between them
     x ← (1 − w) x + w z         its average: the model that is evaluated and deployed
     y = β x + (1 − β) z         where the model's parameters are in training mode
 
-The alignment that counts is x's, so the map c → c⁺, the refreshes and the restoring act on x. z
-must follow: left alone it would carry the whole unprotected path, and the average would bring it
-back into x. It is given x's coordinates, z += U(Uᵀx − Uᵀz), and gradients are then taken at the
-same coordinates, Uᵀy = Uᵀx. Outside of the subspace nothing changes.
+The alignment that counts is x's, so the pull to the aligned model, the map c → c⁺, the refreshes
+and the restoring act on x. z must follow: left alone it would carry the whole unprotected path, and
+the average would bring it back into x. It is given x's coordinates, z += U(Uᵀx − Uᵀz), and
+gradients are then taken at the same coordinates, Uᵀy = Uᵀx. Outside of the subspace z is left
+alone, and x as well but for the pull.
 
 Cost: y → x → y, two combinations of the parameters, and 2·k·n multiplications a step.
 
