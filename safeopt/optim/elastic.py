@@ -17,8 +17,8 @@ are gradients of the log-odds (`safeopt.curvature.window`), for that of the loss
 refusal is certain. V is the sum of the squared task gradients of all steps so far. r is the last
 step's share of the way so far, η_t / Σ_s η_s. So τ has no unit: an entry that is driven steadily
 comes as far as 1 / (1 + τf/v) of its way without the pull, whatever the learning rate, its schedule
-and the number of steps. A pull that does not shrink with the rate would bring back the aligned
-model where a schedule ends.
+and the number of steps; one without any task gradient comes back in full. A pull that does not
+shrink with the rate would bring back the aligned model where a schedule ends.
 
 Source: the quadratic penalty is that of Kirkpatrick et al. 2017 (arXiv 1612.00796), the average of
 two models weighted with the Fisher diagonals of both that of Matena and Raffel 2021 (arXiv
