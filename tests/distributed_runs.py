@@ -223,7 +223,7 @@ class Collectives(TorchDispatchMode):
 
 def traffic(layout: str) -> dict[str, Any]:
     """Collectives inside of ``step()``, for each step after the first one; k is that of its U."""
-    model, optimizer = start(layout)
+    model, optimizer = start(layout, elastic=0.5)
     train(model, optimizer, 0, 1)
     steps = []
     for step in range(1, 2 * EVERY + 1):

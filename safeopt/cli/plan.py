@@ -83,7 +83,7 @@ def show(figures: Plan, console: Console) -> None:
     table.add_row("AdamW's moments", _size(figures.optimizer_bytes), "", end_section=True)
     for kind, basis in figures.bases.items():
         table.add_row(f"basis: {kind}", _size(basis.nbytes), f"+ {basis.step_share:.2%}")
-    table.add_row("with dense and int8, the pull", _size(figures.pull_bytes), "")
+    table.add_row("with elastic (dense, int8)", _size(figures.pull_bytes), "")
     console.print(table)
     assumed = figures.assumptions
     console.print(

@@ -46,7 +46,7 @@ class SafetyConfig:
             ``"auto"``, which picks by size, see `safeopt.curvature.bases`.
         elastic: τ of a pull back to the aligned model, see `safeopt.optim.elastic`, at least 0; 0
             leaves it out. With ``curvature="random"``, and with factored and compressed bases,
-            which are there to save the memory that it takes, there is none, and the log says so.
+            which are there to save the memory that it takes, there is none, and a warning says so.
         seed: for the order of the safety examples and the random control.
 
     Raises:
@@ -65,7 +65,7 @@ class SafetyConfig:
     trial_examples: int = 4
     curvature: Curvature = "fisher"
     basis: Storage = "auto"
-    elastic: float = 0.5
+    elastic: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

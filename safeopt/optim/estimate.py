@@ -105,8 +105,8 @@ def pulls(config: SafetyConfig, kind: str) -> bool:
     return config.elastic > 0 and config.curvature == "fisher" and affordable
 
 
-def log_without_pull(config: SafetyConfig, kind: str) -> None:
-    """Log it where ``elastic`` asks for a pull and there is none, see `pulls`.
+def warn_without_pull(config: SafetyConfig, kind: str) -> None:
+    """Log a warning where ``elastic`` asks for a pull and there is none, see `pulls`.
 
     Args:
         config: the choices.
@@ -118,7 +118,7 @@ def log_without_pull(config: SafetyConfig, kind: str) -> None:
         reason, remedy = f'curvature="{config.curvature}"', 'curvature="fisher"'
     else:
         reason, remedy = f'a basis that is stored as "{kind}"', 'basis="dense" or basis="int8"'
-    logger.info(
+    logger.warning(
         "elastic=%g: with %s nothing is pulled back to the aligned model; use %s, or elastic=0",
         config.elastic,
         reason,

@@ -34,7 +34,7 @@ from safeopt.distributed import local
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.copies import put_back
 from safeopt.optim.elastic import ElasticPull
-from safeopt.optim.estimate import basis_kind, estimate, log_without_pull, pulls
+from safeopt.optim.estimate import basis_kind, estimate, pulls, warn_without_pull
 from safeopt.optim.examples import ExampleRota, require_enough
 from safeopt.optim.interval import Interval
 from safeopt.optim.measurement import Measurement, finite
@@ -137,7 +137,7 @@ class SafetyGeometry:
         trial = self.rota.measure(self.probe)
         self._trial_reference = float(trial.mean())
         kind = basis_kind(None, params, self.probe, self.config)
-        log_without_pull(self.config, kind)
+        warn_without_pull(self.config, kind)
         if pulls(self.config, kind):
             self.pull = ElasticPull.at(params)
         self._estimate(params, self._due(self.config.examples))

@@ -57,7 +57,7 @@ class ProjectedAdamW(torch.optim.AdamW):
         trial_examples: safety examples kept apart for the line search.
         curvature: ``"fisher"``, or ``"random"`` for the control experiment.
         basis: how U is stored.
-        elastic: strength of a pull back to the aligned model; 0 leaves it out.
+        elastic: strength of a pull back to the aligned model; none by default.
         seed: of the order of the safety examples.
         on_refresh_error: ``"raise"``, or ``"warn"`` to train on without protection where a refresh
             or a gradient fails, see `safeopt.optim.protection`.

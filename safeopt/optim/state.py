@@ -21,7 +21,7 @@ from safeopt.curvature.surrogate import Surrogate
 from safeopt.curvature.window import Window
 from safeopt.distributed import local, reshard
 from safeopt.optim.elastic import ElasticPull
-from safeopt.optim.estimate import log_without_pull, pulls
+from safeopt.optim.estimate import pulls, warn_without_pull
 from safeopt.passes import PassCounter
 from safeopt.rows import row_dtype
 
@@ -341,7 +341,7 @@ def load_state(
         }
         geometry.probe.restore_reference(state["kl_reference"])
         if geometry.subspace is None:  # else its own first estimate has told
-            log_without_pull(geometry.config, subspace.basis.kind)
+            warn_without_pull(geometry.config, subspace.basis.kind)
     for name, value in state["passes"].items():
         setattr(geometry.passes, name, value)
     geometry.resume(state, subspace, vectors)
