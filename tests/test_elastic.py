@@ -123,7 +123,8 @@ def test_the_task_is_known_by_its_own_gradients(base, with_closure):
         "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
     }[base]
     plain = kind(model.parameters(), lr=0.05, **options)
-    optimizer = safeguard(plain, probe_of(model, directions()), trial_examples=1, refresh=NEVER)
+    pulled = {"elastic": 1.0, "trial_examples": 1, "refresh": NEVER}
+    optimizer = safeguard(plain, probe_of(model, directions()), **pulled)
     if base == "schedule-free":
         optimizer.train()
     squares = np.zeros(N)
