@@ -55,4 +55,5 @@ if dist.get_rank() == 0:
     model.save_pretrained(here.out)
     torch.save(optimizer.state_dict(), Path(here.out, "optimizer.pt"))
     print(f"alignment loss at the end: {optimizer.safety.measured:.3f}")
+dist.barrier()  # nobody leaves while rank 0 still writes
 dist.destroy_process_group()
