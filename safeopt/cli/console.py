@@ -28,17 +28,20 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
-        _refuse(str(error))
+        end("error", str(error), status=2)
     except torch.cuda.OutOfMemoryError as error:
-        _refuse(
+        end(
+            "error",
             f"the device has no memory left ({cause_of(error)}); a smaller --batch-size, a smaller "
-            "--max-length or fewer --examples take less"
+            "--max-length or fewer --examples take less",
+            status=2,
         )
 
 
-def _refuse(text: str) -> NoReturn:
-    console.print(f"[red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
-    raise typer.Exit(2) from None
+def end(word: str, text: str, *, status: int) -> NoReturn:
+    """Say on stderr, behind a word in red, why a command ends, and end it with this status."""
+    console.print(f"[red]{word}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(status) from None
 
 
 @contextmanager

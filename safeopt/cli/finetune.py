@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from safeopt.cli.console import console, loading, quiet_libraries, readable_errors, say
+from safeopt.cli.console import console, end, loading, quiet_libraries, readable_errors, say
 from safeopt.finetuning.config import FinetuneConfig
 from safeopt.optim import optimizers
 
@@ -122,8 +122,7 @@ def _finetune(config: FinetuneConfig) -> None:
         say(f"wrote {outcome.folder}, {config.out}/run.json and {config.out}/curves.png")
         failure = outcome.report["failure"]
         if failure is not None:
-            console.print(f"[red]failed:[/] {failure}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1)  # what would use the result next must not start
+            end("failed", failure, status=1)  # what would use the result next must not start
         return
     arguments = [argument for argument in sys.argv[1:] if argument != "--overwrite"]
     again = shlex.join(["safeopt", *arguments, *(() if config.resume else ("--resume",))])
