@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.charts import scale
 from benchmarks.config import ConfigError
-from benchmarks.leaderboard import environment
+from benchmarks.pages import rendered
 from benchmarks.records import FILE, Record, Result, read_result
 from benchmarks.report import tell_missing
 from safeopt.files import write_whole
@@ -44,9 +44,16 @@ class Value:
 
 
 def is_ablation(folder: Path) -> bool:
-    """Whether a folder holds a result with varied options."""
+    """Whether a folder holds a result with varied options.
+
+    The grid points of a sweep's stage have a group, too, but it is their own method: their label is
+    the group's name, or begins with it and a bracket.
+    """
     result = read_result(folder)
-    return result is not None and any(entry.get("group") for entry in result.config["methods"])
+    return result is not None and any(
+        group and label != group and not label.startswith(f"{group}[")
+        for group, label in ((e.get("group"), e.get("label")) for e in result.config["methods"])
+    )
 
 
 def panels(result: Result) -> dict[str, list[Value]]:
@@ -115,22 +122,19 @@ def _value(label: str, records: Sequence[Record]) -> Value:
 
 def _html(result: Result, found: dict[str, list[Value]]) -> str:
     everything = [value for values in found.values() for value in values]
-    return (
-        environment()
-        .get_template("ablation.html.j2")
-        .render(
-            result=result,
-            config=result.run_config(),
-            panels=found,
-            width=WIDTH,
-            row=ROW,
-            left=LEFT,
-            x=scale(
-                [a for value in everything for a in value.alignment],
-                LEFT + 6,  # room for a mark
-                WIDTH - 14,
-                zero=True,
-                wide=True,
-            ),
-        )
+    return rendered(
+        "ablation.html.j2",
+        result=result,
+        config=result.run_config(),
+        panels=found,
+        width=WIDTH,
+        row=ROW,
+        left=LEFT,
+        x=scale(
+            [a for value in everything for a in value.alignment],
+            LEFT + 6,  # room for a mark
+            WIDTH - 14,
+            zero=True,
+            wide=True,
+        ),
     )

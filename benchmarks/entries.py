@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from pydantic import (
@@ -56,6 +58,15 @@ class MethodConfig(BaseModel):
     def options(self) -> BaseModel:
         """The options that stand beside the name, as the method's own model."""
         return method_class(self.name).Options.model_validate(self.model_extra or {})
+
+    def source(self) -> Path:
+        """The file of the method's class."""
+        return Path(inspect.getfile(method_class(self.name)))
+
+    def given_harmless(self) -> bool:
+        """Whether the method also looks at harmless prompts, which others do without."""
+        options = self.options()
+        return bool(getattr(options, "held", False) or getattr(options, "answers", 0))
 
     @property
     def key(self) -> str:

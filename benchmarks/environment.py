@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +17,13 @@ from typing import Any
 import psutil
 import torch
 
+import safeopt
+
 PACKAGES = ("safeopt-torch", "torch", "transformers", "peft")
 INTERVAL = 0.05
+# Folders of the code and the prompts that a run is made of, and the names of their files there.
+CHECKOUT = (Path(__file__).parent, Path(safeopt.__file__).parent)
+SOURCES = ("*.py", "*.txt")
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
@@ -36,6 +43,22 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def sources(others: Iterable[Path] = ()) -> str:
+    """SHA-256 of this benchmark's and the package's code and prompts, committed or not.
+
+    Args:
+        others: files of methods that may lie elsewhere.
+    """
+    digest = hashlib.sha256()
+    for folder in CHECKOUT:
+        for path in sorted(path for names in SOURCES for path in folder.rglob(names)):
+            digest.update(f"{path.relative_to(folder)}\0".encode())
+            digest.update(path.read_bytes())
+    for path in sorted({path.resolve() for path in others}):
+        digest.update(b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 class PeakMemory:

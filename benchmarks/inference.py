@@ -1,4 +1,4 @@
-"""Evaluation passes: how likely responses are, and greedy answers.
+"""How likely responses are, and greedy answers.
 
 What all rows begin with, such as the chat template's system message, is run once for each batch.
 """
@@ -21,6 +21,22 @@ from safeopt.prefix import share_prefix
 Row = dict[str, list[int]]
 
 
+def token_nll(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each response token.
+
+    Args:
+        log_probs: of all tokens at each place, ``(m, T, vocabulary)``, as
+            `safeopt.losses.response_log_probs` gives them.
+        targets: the tokens that stand there, ``(m, T)``; ``IGNORE`` outside the response.
+
+    Returns:
+        Nats, differentiable, zero outside the response; and where the response is. Both ``(m, T)``.
+    """
+    mask = targets != IGNORE
+    nll = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return nll * mask, mask
+
+
 @torch.no_grad()
 def response_nll(
     model: nn.Module, rows: Sequence[Row], batch_size: int = 32
@@ -39,10 +55,8 @@ def response_nll(
     sums = torch.zeros(len(rows), dtype=torch.float64)
     counts = torch.zeros(len(rows), dtype=torch.long)
     for members, batch in _batches(model, rows, batch_size):
-        log_probs, targets = response_log_probs(model, share_prefix(model, batch))
-        nll = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        mask = targets != IGNORE
-        sums[members] = (nll * mask).sum(-1).double().cpu()
+        nll, mask = token_nll(*response_log_probs(model, share_prefix(model, batch)))
+        sums[members] = nll.sum(-1).double().cpu()
         counts[members] = mask.sum(-1).cpu()
     return sums, counts
 

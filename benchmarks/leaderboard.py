@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from benchmarks.charts import path, scale
 from benchmarks.config import BASELINE
 from benchmarks.frontier import Interval, nondominated
 from benchmarks.metrics import metric_of
+from benchmarks.pages import rendered
 from benchmarks.standings import Row, Standings, standings
 from safeopt.files import write_whole
 
@@ -73,7 +73,8 @@ def markdown(found: Standings) -> str:
         + " Separation: in this share of the pairs of a harmful and a harmless prompt a refusal of "
         "the harmful one is the likelier."
         * separated
-        + " Its 95% intervals are of the same bootstrap." * (found.start_separation is not None),
+        + " Its 95% intervals are of the same bootstrap." * (found.start_separation is not None)
+        + f" {found.unequal}".rstrip(),
         "",
     ]
     return "\n".join(lines)
@@ -151,35 +152,22 @@ def _terminal(found: Standings, *, narrow: bool) -> Table:
     return table
 
 
-def environment() -> Environment:
-    """The templates of the benchmark's pages."""
-    return Environment(
-        loader=PackageLoader("benchmarks"),
-        autoescape=select_autoescape(default=True),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def _html(found: Standings) -> str:
-    return (
-        environment()
-        .get_template("leaderboard.html.j2")
-        .render(
-            found=found,
-            config=found.config,
-            result=found.test,
-            start=found.test.start,
-            rows=found.rows,
-            removed=removed,
-            reached=reached,
-            own=own,
-            separation_text=separation_text,
-            baseline=BASELINE,
-            metric=metric_of(found.config.task.name)[0],
-            frontier=_frontier(found),
-            panels=_panels(found),
-        )
+    return rendered(
+        "leaderboard.html.j2",
+        found=found,
+        config=found.config,
+        result=found.test,
+        start=found.test.start,
+        rows=found.rows,
+        removed=removed,
+        reached=reached,
+        own=own,
+        separation_text=separation_text,
+        baseline=BASELINE,
+        metric=metric_of(found.config.task.name)[0],
+        frontier=_frontier(found),
+        panels=_panels(found),
     )
 
 

@@ -177,8 +177,9 @@ class Result(_Strict):
         start: None in results of earlier versions, which have it in every record.
         failures: runs that crashed, the last time that they were tried.
         environment: where and by what the runs were made.
-        continued: likewise where it was continued by another commit, with other packages or on
-            another machine, if it was: some of the records are from there.
+        continued: likewise where it was continued by another commit or sources (edits that no
+            commit has), with other packages or on another machine, if it was: some of the records
+            are from there.
         judge: None for the tiny task, whose refusals are all the same sentence.
     """
 
@@ -229,11 +230,12 @@ def read_result(folder: Path) -> Result | None:
     path = folder / FILE
     if not path.exists():
         return None
-    if (command := _other_command(path)) is not None:
-        raise ConfigError(f"{folder}: {_held(command)}; name the folder of a `run` or `sweep`")
     try:
-        return Result.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if (command := _other_command(found)) is not None:
+            raise ConfigError(f"{folder}: {_held(command)}; name the folder of a `run` or `sweep`")
+        return Result.model_validate(found)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
         raise ConfigError(
             f"{path}: no result of this benchmark that can be read; choose another folder ({error})"
         ) from error
@@ -250,20 +252,22 @@ def leave_others(folder: Path, command: str) -> None:
         ConfigError: if there is the result of another command.
     """
     path = folder / FILE
-    if path.exists() and (found := _other_command(path)) != command:
+    if not path.exists():
+        return
+    try:
+        found = _other_command(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # no JSON: a file that is nobody's
+        found = None
+    if found != command:
         held = "holds the result of a `run`, or another file" if found is None else _held(found)
         raise ConfigError(f"{folder}: {held}; choose another --out")
 
 
-def _other_command(path: Path) -> str | None:
-    """Which of `OTHERS` has written a file; None for any other file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _other_command(content: Any) -> str | None:
+    """Which of `OTHERS` has written a file with this content; None for any other file."""
+    if not isinstance(content, dict):
         return None
-    if not isinstance(found, dict):
-        return None
-    return next((command for command, entry in OTHERS.items() if entry in found), None)
+    return next((command for command, entry in OTHERS.items() if entry in content), None)
 
 
 def _held(command: str) -> str:

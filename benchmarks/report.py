@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from benchmarks.config import ConfigError
 from benchmarks.figures import Figure, Summary, Target, summaries, targets
+from benchmarks.pages import rendered
 from benchmarks.plots import data_uri, plots, save
 from benchmarks.records import FILE, Result, read_result
 from safeopt.files import write_whole
@@ -124,17 +124,12 @@ def _cell(figure: Figure | None) -> Text:
 def _html(
     result: Result, methods: list[Summary], asked: list[Target], figures: dict[str, Any]
 ) -> str:
-    environment = Environment(
-        loader=PackageLoader("benchmarks"),
-        autoescape=select_autoescape(default=True),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     missed = [
         (target, {name: each for name, each in target.figures.items() if each.met is False})
         for target in asked
     ]
-    return environment.get_template("report.html.j2").render(
+    return rendered(
+        "report.html.j2",
         result=result,
         config=result.config,
         evaluation=result.config["evaluation"],

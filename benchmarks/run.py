@@ -23,7 +23,7 @@ from rich.progress import (
 from benchmarks.bench import Bench, DivergedError
 from benchmarks.config import TINY, ConfigError, RunConfig
 from benchmarks.data.datasets import labelled_refusals
-from benchmarks.environment import environment
+from benchmarks.environment import environment, sources
 from benchmarks.jobs import Executor, Job, JobListener, told
 from benchmarks.judge import judge_quality
 from benchmarks.records import (
@@ -37,7 +37,8 @@ from benchmarks.records import (
     write_result,
 )
 
-ORIGIN = ("commit", "packages", "python", "processor", "threads", "device")
+# What makes two environments different: edits that are not committed show in the sources alone.
+ORIGIN = ("commit", "sources", "packages", "python", "processor", "threads", "device")
 LOCK = ".lock"
 
 
@@ -88,9 +89,11 @@ def run(
     Raises:
         ConfigError: if ``out`` holds the result of another config.
     """
-    result = continued(config, out, methods_may_change=methods_may_change)
-    if result is None:
-        result = Result(environment=environment(config.threads or threads), config=config.as_json())
+    known = continued(config, out, methods_may_change=methods_may_change)
+    if known is None:
+        result = Result(environment=_origin(config, threads), config=config.as_json())
+    else:
+        result = known
     pending = [
         (method.key, seed)
         for seed in config.seeds
@@ -106,7 +109,8 @@ def run(
         return result
     if result.records:
         console.print(f"{out}: {len(result.records)} runs are there, {len(pending)} to go")
-        _note_change(result, environment(config.threads or threads), console)
+    if known is not None:  # also without a record: its start was measured before
+        _note_change(result, _origin(config, threads), console)
     if result.judge is None and config.model.name != TINY and not config.model.dry:
         result.judge = Judge.model_validate(judge_quality(labelled_refusals()))
     bench = None
@@ -172,6 +176,14 @@ def _keep_methods(result: Result, config: RunConfig) -> None:
     result.config = wanted
 
 
+def _origin(config: RunConfig, threads: int | None) -> dict[str, Any]:
+    """What the runs of this process are made by."""
+    return {
+        **environment(config.threads or threads),
+        "sources": sources(method.source() for method in config.methods),
+    }
+
+
 def _note_change(result: Result, here: dict[str, Any], console: Console) -> None:
     """Keep the environment of a continuation that is not one of those there were before."""
 
@@ -180,7 +192,9 @@ def _note_change(result: Result, here: dict[str, Any], console: Console) -> None
 
     if origin(here) not in map(origin, [result.environment, *result.continued]):
         result.continued.append(here)
-        console.print("by another commit, software or machine than before; the result says so")
+        console.print(
+            "by another commit, sources, software or machine than before; the result says so"
+        )
 
 
 def _here(bench: Bench, jobs: Sequence[Job], start: Start, listener: JobListener) -> None:

@@ -24,6 +24,7 @@ class Row:
         method: its name.
         settings: of its choice, as the grid names them.
         ours: whether it is one of this package's.
+        harmless: whether it also looks at harmless prompts.
         matched: at the baseline's task loss, and at its own.
         points: its published points, the choice first.
         grid: what its grid points reached on val.
@@ -38,6 +39,7 @@ class Row:
     method: str
     settings: str
     ours: bool
+    harmless: bool
     matched: Matched
     points: tuple[Outcome, ...]
     grid: tuple[Outcome, ...]
@@ -83,6 +85,17 @@ class Standings:
     tolerance: float
     start_separation: Interval | None
     failures: tuple[str, ...]
+
+    @property
+    def unequal(self) -> str:
+        """Who was given harmless prompts, in a sentence; empty if all were given the same."""
+        given = [row.method.replace("_", " ") for row in self.rows if row.harmless]
+        if not given:
+            return ""
+        return (
+            f"Beside harmful prompts, {', '.join(given)} had harmless ones to keep answered (none "
+            "of those measured); the over-refusals of the others are without."
+        )
 
 
 OURS = ("projected_adamw", "safety_sam", "preconditioned_sgd", "safeguard", "repair")
@@ -228,6 +241,7 @@ def _row(
         .removesuffix("]")
         .replace(",", ", "),
         ours=method.name in OURS,
+        harmless=method.given_harmless(),
         matched=compared,
         points=tuple(
             Outcome(

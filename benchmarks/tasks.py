@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import tiny
 from benchmarks.config import ConfigError, RunConfig, TaskConfig
 from benchmarks.data import datasets, hub
-from benchmarks.inference import Row
+from benchmarks.inference import Row, token_nll
 from safeopt.data import ChatExample, collate, encode
 from safeopt.losses import IGNORE, response_log_probs
 
@@ -126,10 +126,8 @@ def task_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     The rows are padded on the left, so logits are computed from the first response token on.
     """
-    log_probs, targets = response_log_probs(model, batch)
-    mask = targets != IGNORE
-    nll = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (nll * mask).sum() / mask.sum()
+    nll, mask = token_nll(*response_log_probs(model, batch))
+    return nll.sum() / mask.sum()
 
 
 def _task_rows(task: TaskConfig, tokenizer: Any, *, dry: bool) -> list[Row]:

@@ -73,7 +73,8 @@ class BasisPlan:
     """One kind of basis.
 
     Attributes:
-        nbytes: on each device.
+        nbytes: on each device. Sharded parameters know the dense kind only: over several devices
+            the others stand whole, as they do where parameters are whole, under DDP.
         step_share: its work at each step, as a share of the training step's: the coordinates of
             the gradient and of the parameters, and the step back.
     """
@@ -99,7 +100,8 @@ class Plan:
         gradient_bytes: gradients of the trained ones.
         optimizer_bytes: AdamW's two moments.
         bases: each kind of basis.
-        pull_bytes: of the pull to the aligned model, which a dense or int8 basis has beside it.
+        pull_bytes: of the pull to the aligned model, which a dense or int8 basis has beside it;
+            over several devices that of the dense one.
         refresh_passes: forward and backward passes of one refresh.
         refresh_tokens: tokens that go through them.
         refresh_share: their share of the training time, in the long run; the linear algebra of
@@ -149,8 +151,8 @@ def plan(
         rank: directions of the safety subspace, at least 1.
         lora: rank of an adapter where PEFT puts it by default, kept in float32; None trains all
             parameters.
-        world_size: devices over which parameters, gradients, moments, the pull, and dense and int8
-            bases are sharded (FSDP2). Factored and compressed bases are on every device.
+        world_size: devices over which parameters, gradients, moments, the pull and a dense basis
+            are sharded (FSDP2). The other kinds of basis are refused there, see `BasisPlan`.
         dtype: of parameters and, without an adapter, their gradients and moments.
         assumptions: see `Assumptions`.
 
@@ -187,7 +189,7 @@ def plan(
     rows = assumed.window * sum(s.numel() for s, kept in zip(shapes, whole, strict=True) if kept)
     bases = {
         "dense": BasisPlan(_FLOAT32 * direct // world_size, 3 * direct * share),
-        "int8": BasisPlan(direct * 17 // 16 // world_size, 3 * direct * share),
+        "int8": BasisPlan(direct * 17 // 16, 3 * direct * share),
         "factored": BasisPlan(
             factored * dtype.itemsize + _FLOAT32 * rows, 3 * (passes + rows) * share
         ),

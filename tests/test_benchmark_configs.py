@@ -48,6 +48,14 @@ def test_the_paper_s_rows_are_there():
         assert len({stem for stem in stems if stem.startswith(model)}) == 7
 
 
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_no_rival_sees_fewer_safety_examples_than_ours(path: Path):
+    """In runs this long a pool of 32 would come round more than ten times."""
+    for method in load_config(path).methods:
+        if hasattr(method.options(), "examples") and not hasattr(method.options(), "held"):
+            assert method.options().examples is None, method.key
+
+
 def test_the_tiny_sweep_has_every_method():
     config = load_config(CONFIGS / "tiny-sweep.yaml")
     assert {method.name for method in config.methods} >= set(METHODS)

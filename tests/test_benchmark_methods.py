@@ -207,6 +207,14 @@ def test_the_kl_penalty_is_zero_at_the_reference_and_its_gradient_afterwards():
     torch.testing.assert_close(grad_of(method), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_kl_penalty_can_know_every_example():
+    given = setup()
+    for examples, known in ((2, 2), (None, 5)):
+        method = build("kl_reference", given, examples=examples)
+        assert method.cost.forward_tokens > 0
+        assert len({id(method.kl_gradient.examples.next()) for _ in range(10)}) == known
+
+
 def test_safegrad_removes_the_conflict_and_only_that():
     method = build("safegrad", weight=0.5, examples=5, batch_size=5)
     given = method.setup

@@ -18,7 +18,7 @@ from benchmarks import tiny
 from benchmarks.__main__ import app, console
 from benchmarks.ablation import ablation
 from benchmarks.charts import scale
-from benchmarks.config import ConfigError, RunConfig, SweepConfig
+from benchmarks.config import ConfigError, MethodConfig, RunConfig, SweepConfig
 from benchmarks.frontier import Outcome
 from benchmarks.leaderboard import _frontier, leaderboard, markdown
 from benchmarks.records import Failure, read_result, write_result
@@ -190,6 +190,19 @@ def test_the_leaderboard_shows_every_method_with_its_interval(folder: Path):
     assert_pages_survive(lambda: leaderboard(folder, QUIET), *pages)
 
 
+def test_who_had_harmless_prompts_is_told(folder: Path):
+    leaderboard(folder, QUIET)
+    told = "Beside harmful prompts, projected adamw had harmless ones to keep answered"
+    assert told in (folder / "leaderboard.md").read_text(encoding="utf-8")
+    assert told in (folder / "leaderboard.html").read_text(encoding="utf-8")
+    for fields, given in (
+        ({"name": "replay", "answers": 3}, True),
+        ({"name": "repair"}, True),
+        ({"name": "kl_reference"}, False),
+    ):
+        assert MethodConfig.model_validate(fields).given_harmless() == given
+
+
 def test_results_from_before_the_prompts_scores_have_no_interval(folder: Path, tmp_path: Path):
     whole = standings(folder)
     path = tampered(folder, tmp_path / "some", "test", one_without_scores) / "test"
@@ -312,6 +325,16 @@ def test_an_ablation_has_a_panel_for_each_option(tmp_path: Path):
     assert {len(rates) for rates in seeds} == {len(fields["seeds"])}
     pages = (tmp_path / "ablation.md", tmp_path / "ablation.html")
     assert_pages_survive(lambda: ablation(tmp_path, QUIET), *pages)
+
+
+def test_the_grid_points_of_a_stage_are_no_ablation(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "val", tmp_path / "val")
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "val")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    pages = {path.name for path in (tmp_path / "val").iterdir()}
+    assert "report.html" in pages
+    assert "ablation.html" not in pages
+    assert "adamw[learning rate=0.002]" in (tmp_path / "val" / "report.html").read_text("utf-8")
 
 
 def test_scales_have_round_ticks_and_hold_everything():

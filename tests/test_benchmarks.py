@@ -338,6 +338,36 @@ def test_another_commit_that_continues_a_result_is_kept(
     assert "2" * 40 in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_method_that_was_edited_between_runs_is_told(tmp_path: Path, config: RunConfig):
+    """Its file need not be part of the checkout, and no commit has the edit."""
+    own = tmp_path / "mine.py"
+    source = "from benchmarks.methods.adamw import AdamW\n\n\nclass Mine(AdamW):\n    pass\n"
+    own.write_text(source, encoding="utf-8")
+    fields = {**config.as_json(), "methods": [{"name": f"{own}:Mine", "label": "mine"}]}
+    config, out = RunConfig.model_validate(fields), tmp_path / "out"
+    result = run(config, out, QUIET)
+    for edit, changes in (("", 0), ("# edited\n", 1), ("# edited\n", 1)):
+        own.write_text(source + edit, encoding="utf-8")
+        result.records.pop()
+        write_result(result, out)
+        result = run(config, out, QUIET)
+        assert len(result.continued) == changes
+    (later,) = result.continued
+    assert later["sources"] != result.environment["sources"]
+    assert later["commit"] == result.environment["commit"]
+    report(out, QUIET)
+    assert "with other sources" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_result_is_parsed_once(tmp_path: Path, config: RunConfig, monkeypatch):
+    whole = run(config, tmp_path, QUIET)
+    parsed = []
+    inner = json.loads
+    monkeypatch.setattr("benchmarks.records.json.loads", lambda t: parsed.append(t) or inner(t))
+    assert read_result(tmp_path) == whole
+    assert len(parsed) == 1
+
+
 @pytest.mark.parametrize("command", ["run", "monitor", "overhead", "curvature"])
 def test_one_process_at_a_time_works_on_a_result(tmp_path: Path, command: str):
     tiny = str(CONFIGS / "demo-tiny.yaml")

@@ -41,6 +41,7 @@ def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config | {"batch_size": 2}), encoding="utf-8")
     taken = []
+    pulled = []
     original = training_step._Rival.step
 
     def step(self):
@@ -53,6 +54,8 @@ def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
         )
         if passes is not None:
             assert self.optimizer.safety.passes.forward == passes, "a refresh was timed"
+            pull = self.optimizer.safety.pull
+            pulled.append(pull is not None and pull.trace > 0)
         taken.append((self.adapter, moved))
 
     monkeypatch.setattr(training_step._Rival, "step", step)
@@ -62,11 +65,14 @@ def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert set(TARGETS) == set(result["targets"]) < set(result)
+    assert all(result[name] > 0 for name in ("elastic_optimizer_step_ratio", *TARGETS))
+    assert "ProjectedAdamW, elastic" in result["optimizer_step_milliseconds"]
     assert all(result[name] > 0 for name in TARGETS)
     assert all(result["cpu_time"][name] > 0 for name in TARGETS)
     assert result["rank"]["optimizer_step"] == 32
     assert 25 <= result["rank"]["training_step"] <= 32
     assert result["parameters"]["optimizer_step"] == 160
-    assert len(taken) == 3 * 4  # two rounds of warm-up, one measured
+    assert len(taken) == 3 * 5  # two rounds of warm-up, one measured
+    assert sum(pulled) == 3, "one of the optimizers pulls, in every step"
     assert all(moved for _, moved in taken)
-    assert all(name in done.output for name in TARGETS)
+    assert all(name in done.output for name in ("elastic_optimizer_step_ratio", *TARGETS))

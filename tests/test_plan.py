@@ -167,7 +167,9 @@ def test_shares_and_devices(tmp_path):
         assert getattr(eight, field) == getattr(one, field) // 8
     assert eight.pull_bytes == one.pull_bytes // 8
     assert eight.bases["dense"].nbytes == one.bases["dense"].nbytes // 8
-    assert eight.bases["compressed"].nbytes == one.bases["compressed"].nbytes
+    # Sharded parameters refuse the other kinds: they stand as beside whole parameters.
+    for kind in ("int8", "factored", "compressed"):
+        assert eight.bases[kind].nbytes == one.bases[kind].nbytes
     assumed = Assumptions(
         tokens_per_step=100, tokens_per_example=10, response_tokens=2, interval=3, examples=6
     )
@@ -213,6 +215,9 @@ def test_the_command_prints_every_figure():
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "qwen3-1.7b: all parameters, 16 directions, on each of 2 devices" in result.output
+    assert "Sharded parameters (FSDP2) take the dense basis only" in result.output
+    assert "basis: int8 (whole)" in result.output
+    assert "with elastic (dense)" in result.output
     for word in (
         "1,720.6 M",
         "basis: dense",

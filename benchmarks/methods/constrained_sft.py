@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
+from benchmarks.inference import token_nll
 from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.base import Setup, TaskLoss, holding, snapshot
-from safeopt.losses import IGNORE, response_log_probs
+from safeopt.losses import response_log_probs
 
 
 class ConstrainedSFTOptions(BaseModel):
@@ -50,17 +50,11 @@ class ConstrainedSFT(AdamW):
         self.optimizer.zero_grad()
         # First the reference: it writes into the parameters, which a later graph will need.
         with self.cost.clock(), torch.no_grad(), holding(self.setup.params, self.reference):
-            before = _of_targets(*response_log_probs(self.setup.model, task_loss.batch))
+            before, _ = token_nll(*response_log_probs(self.setup.model, task_loss.batch))
         self.cost.add(task_loss.batch, backward=False)
-        log_probs, targets = task_loss.log_probs()
-        chosen = _of_targets(log_probs, targets)
-        mask = targets != IGNORE
-        beta = self.beta.to(chosen)[(mask.cumsum(-1) - 1).clamp(0, len(self.beta) - 1)]
-        loss = -(2 / beta) * F.logsigmoid(beta * (chosen - before))
+        nll, mask = token_nll(*task_loss.log_probs())
+        beta = self.beta.to(nll)[(mask.cumsum(-1) - 1).clamp(0, len(self.beta) - 1)]
+        loss = -(2 / beta) * F.logsigmoid(beta * (before - nll))
         ((loss * mask).sum() / mask.sum()).backward()
         self.optimizer.step()
-        return float(-(chosen.detach() * mask).sum() / mask.sum())
-
-
-def _of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
-    return log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return float(nll.detach().sum() / mask.sum())

@@ -19,13 +19,14 @@ class KLOptions(BaseModel):
 
     Attributes:
         weight: of the divergence beside the task loss.
-        examples: safety examples whose reference is kept.
+        examples: safety examples whose reference is kept, each for one forward pass at the start;
+            None for all. After so many the first ones come round again.
         batch_size: of them in one step.
     """
 
     model_config = ConfigDict(extra="forbid")
     weight: float = Field(default=1.0, gt=0)
-    examples: int = Field(default=32, ge=1)
+    examples: int | None = Field(default=32, ge=1)
     batch_size: int = Field(default=1, ge=1)
 
 

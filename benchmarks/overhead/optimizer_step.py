@@ -1,5 +1,7 @@
 """``optimizer_step_ratio``: `step()` of a protected and a plain AdamW, both with ``foreach=True``.
 
+``elastic_optimizer_step_ratio`` is the same with the pull to the aligned model.
+
 The parameters are those of LoRA with r=8 on all linear layers of 25 layers of SmolLM2's shapes:
 350 tensors, 2.04M parameters.
 """
@@ -12,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.overhead.subspace import ONE_REFRESH, RANK, Comparison, fill_subspace
+from benchmarks.overhead.subspace import ONE_REFRESH, PULL, RANK, Comparison, fill_subspace
 from safeopt import PreconditionedSGD, ProjectedAdamW, SafetyProbe, SafetySAM
 
-PLAIN, PROTECTED = "AdamW", "ProjectedAdamW"
+PLAIN, PROTECTED, ELASTIC = "AdamW", "ProjectedAdamW", "ProjectedAdamW, elastic"
 LAYERS, LORA = 25, 8
 # Inputs and outputs of q, k, v, o, gate, up and down.
 LINEAR = (
@@ -51,6 +53,9 @@ def steps() -> Comparison:
     for name, build in {
         PLAIN: lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
         PROTECTED: lambda model: ProjectedAdamW(model.parameters(), foreach=True, **_safety(model)),
+        ELASTIC: lambda model: ProjectedAdamW(
+            model.parameters(), foreach=True, elastic=PULL, **_safety(model)
+        ),
         "AdamW, fused": lambda model: torch.optim.AdamW(model.parameters(), fused=True),
         "ProjectedAdamW, fused": lambda model: ProjectedAdamW(
             model.parameters(), fused=True, **_safety(model)

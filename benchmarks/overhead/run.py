@@ -16,10 +16,12 @@ from benchmarks.overhead.timing import interleaved, milliseconds, ratio
 from benchmarks.records import FILE
 from safeopt.files import write_json
 
-# The largest ratio that counts as reached, see the table's last column.
+# The largest ratio that counts as reached, see the table's last column. For `step()` alone with the
+# pull none was set.
 TARGETS = {
     "optimizer_step_ratio": 3.0,
     "training_step_ratio": 1.03,
+    "elastic_training_step_ratio": 1.03,
     "sam_two_pass_ratio": 2.1,
     "sam_lookahead_ratio": 1.1,
 }
@@ -64,16 +66,19 @@ def run(config: RunConfig, out: Path, console: Console, rounds: int) -> dict[str
     write_json(out / FILE, result)
     table = Table("figure", "measured", "in CPU time", "at most")
     for name, value in figures.items():
-        table.add_row(name, f"{value:.3f}", f"{in_cpu_time[name]:.3f}", f"{TARGETS[name]:.2f}")
+        most = f"{TARGETS[name]:.2f}" if name in TARGETS else ""
+        table.add_row(name, f"{value:.3f}", f"{in_cpu_time[name]:.3f}", most)
     console.print(table)
     return result
 
 
 def _figures(bare: dict[str, list[float]], whole: dict[str, list[float]]) -> dict[str, float]:
-    """The four ratios by one clock."""
+    """All ratios by one clock."""
     return {
         "optimizer_step_ratio": ratio(bare, optimizer_step.PROTECTED, optimizer_step.PLAIN),
+        "elastic_optimizer_step_ratio": ratio(bare, optimizer_step.ELASTIC, optimizer_step.PLAIN),
         "training_step_ratio": ratio(whole, training_step.PROTECTED, training_step.PLAIN),
+        "elastic_training_step_ratio": ratio(whole, training_step.ELASTIC, training_step.PLAIN),
         "sam_two_pass_ratio": ratio(whole, training_step.TWO_PASS, training_step.PLAIN),
         "sam_lookahead_ratio": ratio(whole, training_step.LOOKAHEAD, training_step.PLAIN),
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 from safeopt import RefreshPolicy
 
 RANK = 32
+PULL = 0.5  # strength of the pull to the aligned model, as in the demo
 STEPS = 2 * RANK  # a refresh looks at one example for every two steps
 # One refresh, with as many examples as the subspace has directions; the next is never due.
 ONE_REFRESH: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""``training_step_ratio`` and SAM's two: whole LoRA training steps of SmolLM2, beside AdamW's.
+"""``training_step_ratio``, with the pull, too, and SAM's two: whole LoRA training steps of SmolLM2.
 
-A step is one batch forward and backward, and the optimizer's step; SAM's second pass is made by the
-same closure. No refresh falls into the measured steps: what refreshes cost is the demo's figure.
+All beside AdamW's. A step is one batch forward and backward, and the optimizer's step; SAM's second
+pass is made by the same closure. No refresh falls into the measured steps: what refreshes cost is
+the demo's figure.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from benchmarks.config import LoraConfig, RunConfig
 from benchmarks.models import load, trainable
-from benchmarks.overhead.subspace import ONE_REFRESH, RANK, Comparison, fill_subspace
+from benchmarks.overhead.subspace import ONE_REFRESH, PULL, RANK, Comparison, fill_subspace
 from benchmarks.tasks import batches, material, single_batches, task_loss
 from safeopt import ProjectedAdamW, SafetyProbe, SafetySAM
 
-PLAIN, PROTECTED = "AdamW", "ProjectedAdamW"
+PLAIN, PROTECTED, ELASTIC = "AdamW", "ProjectedAdamW", "ProjectedAdamW, elastic"
 TWO_PASS, LOOKAHEAD = "SafetySAM, two_pass", "SafetySAM, lookahead"
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     PROTECTED: ProjectedAdamW,
+    ELASTIC: partial(ProjectedAdamW, elastic=PULL),
     TWO_PASS: partial(SafetySAM, mode="two_pass"),
     LOOKAHEAD: partial(SafetySAM, mode="lookahead"),
 }

@@ -81,10 +81,18 @@ def show(figures: Plan, console: Console) -> None:
     trained = f"gradients ({figures.trained / 1e6:,.1f} M trained)"
     table.add_row(trained, _size(figures.gradient_bytes), "")
     table.add_row("AdamW's moments", _size(figures.optimizer_bytes), "", end_section=True)
+    sharded = figures.world_size > 1
     for kind, basis in figures.bases.items():
-        table.add_row(f"basis: {kind}", _size(basis.nbytes), f"+ {basis.step_share:.2%}")
-    table.add_row("with elastic (dense, int8)", _size(figures.pull_bytes), "")
+        name = f"basis: {kind}" + " (whole)" * (sharded and kind != "dense")
+        table.add_row(name, _size(basis.nbytes), f"+ {basis.step_share:.2%}")
+    pulled = "dense" if sharded else "dense, int8"
+    table.add_row(f"with elastic ({pulled})", _size(figures.pull_bytes), "")
     console.print(table)
+    if sharded:
+        console.print(
+            "Sharded parameters (FSDP2) take the dense basis only; the whole ones need whole "
+            "parameters (DDP)."
+        )
     assumed = figures.assumptions
     console.print(
         f"A refresh: {figures.refresh_passes} passes (forward, backward) of "
