@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -47,6 +48,16 @@ def opened(example: Example, tokens: int) -> Example:
     }
 
 
+def require_size(argument: str, size: int) -> None:
+    """Refuse a size of batches that holds no example.
+
+    Raises:
+        ValueError: if it is no whole number of at least 1.
+    """
+    if not (isinstance(size, Integral) and size >= 1):
+        raise ValueError(f"{argument}={size!r}: expected a number of examples, at least 1")
+
+
 def require_same_keys(examples: Sequence[Example], argument: str) -> None:
     """Refuse examples that cannot stand in one batch.
 
@@ -58,6 +69,22 @@ def require_same_keys(examples: Sequence[Example], argument: str) -> None:
         raise ValueError(
             f"{argument}: batches with different keys, {sorted(keys)}; give all the same"
         )
+
+
+def require_tokens(examples: Sequence[Example], argument: str) -> None:
+    """Refuse labels that are no tokens, which `safeopt.losses` would take for token 0.
+
+    Raises:
+        ValueError: if a label is negative and not `IGNORE`.
+    """
+    for number, example in enumerate(examples):
+        labels = example["labels"]
+        wrong = labels[(labels < 0) & (labels != IGNORE)]
+        if len(wrong):
+            raise ValueError(
+                f"{argument}: example {number} has the label {wrong[0]}; expected a token, or "
+                f"{IGNORE} where nothing counts"
+            )
 
 
 def require_distinct(examples: Sequence[Example], argument: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from safeopt.batches import require_size
 from safeopt.chat_template import ANSWER, continued, divided, frame_of, render, token_ids
 from safeopt.losses import IGNORE
 
@@ -230,13 +231,23 @@ def safety_batches(
         batch_size: examples in a batch, at least 1.
 
     Raises:
-        ValueError: if the lists differ in length, or the tokenizer has no chat template.
+        TypeError: if ``prompts`` or ``responses`` is one text, not a list of them.
+        ValueError: if the lists differ in length, one of the texts is empty or none, ``batch_size``
+            is out of range, or the tokenizer has no chat template.
     """
+    for name, texts in (("prompts", prompts), ("responses", responses)):
+        if isinstance(texts, str):
+            raise TypeError(f"{name}={texts!r}: expected a list of texts, not one text")
     if len(prompts) != len(responses):
         raise ValueError(f"responses: {len(responses)} for {len(prompts)} prompts; one for each")
+    require_size("batch_size", batch_size)
+    asked, said = (
+        [_checked(text, f"{name}[{place}]") for place, text in enumerate(texts)]
+        for name, texts in (("prompts", prompts), ("responses", responses))
+    )
     rows = [
         encode(tokenizer, ChatExample(({"role": "user", "content": prompt},)).answered(response))
-        for prompt, response in zip(prompts, responses, strict=True)
+        for prompt, response in zip(asked, said, strict=True)
     ]
     pad, starts = pad_id(tokenizer), range(0, len(rows), batch_size)
     return [collate(rows[start : start + batch_size], pad, side="left") for start in starts]
@@ -293,14 +304,17 @@ def _is_missing(line: dict[str, Any], key: str) -> bool:
 
 
 def _text(line: dict[str, Any], key: str) -> str:
-    value = line.get(key)
+    return _checked(line.get(key), key)
+
+
+def _checked(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key}: expected a text that is not empty, found {value!r}")
+        raise ValueError(f"{name}: expected a text that is not empty, found {value!r}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{key}: half of a surrogate pair, {value[error.start]!r}, at character "
+            f"{name}: half of a surrogate pair, {value[error.start]!r}, at character "
             f"{error.start + 1}; no tokenizer takes it"
         ) from None
     return value

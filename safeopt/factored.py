@@ -318,8 +318,6 @@ class FactoredRows:
                 fits = tuple(x.shape) == expected and tuple(shape[1:]) == tuple(right.shape[1:])
                 if not fits:
                     raise ValueError(f"the factors of parameter {index} do not fit the parameters")
-            if not left:
-                raise ValueError("there are factors that belong to no parameter")
             device = devices[next(iter(left))]
             moved = {i: x.to(device) for i, x in left.items()}
             sites.append(Factors(right.to(device), moved, counts, places.to(device)))

@@ -17,7 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from safeopt.batches import by_length, join, opened, require_distinct, require_same_keys, split
+from safeopt.batches import (
+    by_length,
+    join,
+    opened,
+    require_distinct,
+    require_same_keys,
+    require_size,
+    require_tokens,
+    split,
+)
 from safeopt.distributed import (
     ENGINE,
     Layout,
@@ -77,8 +86,9 @@ class SafetyProbe:
             DeepSpeed, or ``loss`` is neither a name nor callable.
         ValueError: if there is no example, an example has no labelled token, tensors of a batch
             disagree in size, or ``loss``, ``opening`` or ``micro_batch_size`` is out of range. With
-            ``"nll"`` and ``"kl"`` also if the model is an encoder with a decoder; with ``"kl"`` if
-            two examples have the same tokens and differ in something else.
+            ``"nll"`` and ``"kl"`` also if a label is negative and not ``IGNORE``, or the model is
+            an encoder with a decoder; with ``"kl"`` if two examples have the same tokens and differ
+            in something else.
     """
 
     def __init__(
@@ -95,8 +105,7 @@ class SafetyProbe:
             raise TypeError(f"model={type(model).__name__}: expected a torch.nn.Module")
         if opening is not None and not (isinstance(opening, int) and opening >= 1):
             raise ValueError(f"opening={opening}: expected a number of tokens, at least 1, or None")
-        if micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={micro_batch_size}: at least one example a pass")
+        require_size("micro_batch_size", micro_batch_size)
         self.model, self._group = undivided(model)
         self.opening = opening
         self.micro_batch_size = micro_batch_size
@@ -111,6 +120,9 @@ class SafetyProbe:
             raise ValueError("batches: no safety example given; at least one is needed")
         held_examples = split(held, "held")
         self.held_count = len(held_examples)
+        if self._is_named:
+            require_tokens(safety_examples, "batches")
+            require_tokens(held_examples, "held")
         self._examples = safety_examples + held_examples
         if opening is not None:
             self._examples = [opened(example, opening) for example in self._examples]

@@ -140,6 +140,7 @@ def outcome(model: Any, optimizer: Any) -> dict[str, Any]:
         "tokens": safety.passes.backward_tokens,
         "bytes": safety.subspace.basis.nbytes,
         "looped": len(safety.probe._looped),
+        "coupling": safety.coupling,
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import schedulefree
 import torch
 from tiny_models import safety_batch, task_step, tiny_llama, trainable
 from torch.optim import SGD, AdamW, Optimizer
@@ -88,6 +89,11 @@ OPTIMIZERS = {
     ),
 }  # fmt: skip
 names = pytest.mark.parametrize("name", OPTIMIZERS)
+# Those that compute inside of the gradients; build(params, lr).
+OVERWRITING = {
+    "schedule-free": schedulefree.AdamWScheduleFree,
+    "nesterov": partial(SGD, momentum=0.9, nesterov=True, foreach=True),
+}
 
 
 def probe_of(model, *, held=False, **options):

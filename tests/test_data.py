@@ -168,5 +168,22 @@ def test_batches_are_padded_on_the_side_asked_for():
     left = collate(rows, 0, side="left")
     assert left["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, IGNORE, 4]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    with pytest.raises(ValueError, match="responses: 1 for 2 prompts"):
-        safety_batches(tiny.tokenizer(), ["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "responses: 1 for 2 prompts", {"responses": ["no"]}),
+        (TypeError, "prompts='ab': expected a list of texts", {"prompts": "ab"}),
+        (TypeError, "responses='no': expected a list of texts", {"responses": "no"}),
+        (ValueError, r"prompts\[1\]: .* found 3", {"prompts": ["a", 3]}),
+        (ValueError, r"responses\[0\]: .* found ' '", {"responses": [" ", "no"]}),
+        (ValueError, "batch_size=0: expected a number of examples", {"batch_size": 0}),
+        (ValueError, "batch_size=-1: expected a number of examples", {"batch_size": -1}),
+        (ValueError, "batch_size=2.5: expected a number of examples", {"batch_size": 2.5}),
+    ],
+)
+def test_bad_arguments_of_safety_batches_are_named(error, message, arguments):
+    good = {"prompts": ["a", "b"], "responses": ["no", "no"]}
+    with pytest.raises(error, match=message):
+        safety_batches(tiny.tokenizer(), **{**good, **arguments})

@@ -95,6 +95,14 @@ def test_any_number_of_ranks_trains_what_one_process_trains(results, one, ranks,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_gradients_that_the_pull_keeps_have_a_coupling(results, one, ranks):
+    for mine in results[ranks]["zero2"]:
+        assert mine["coupling"] == pytest.approx(one["zero2"]["coupling"], rel=1e-3)
+    assert all(mine["coupling"] is None for mine in results[ranks]["zero2 lora"])
+
+
+@pytest.mark.slow
 def test_one_rank_takes_the_same_bits(results, one):
     assert_same_run(results[1]["zero2"], one["zero2"], 0)
 

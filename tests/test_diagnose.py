@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from quadratic import Quadratic, orthogonal, probe_of
+from scipy import stats
 from tiny_models import safety_batch, tiny_llama, trainable, with_lora
 
 from safeopt import RefreshPolicy, SafetyProbe, refusal_nll, safeguard
@@ -14,13 +16,15 @@ from safeopt.curvature.operators import HessianOperator
 from safeopt.diagnostics import diagnose
 from safeopt.diagnostics.conditions import (
     NAMES,
+    _student,
     figures,
     intervals,
     jackknife_interval,
     random_coupling,
 )
-from safeopt.diagnostics.layers import module_name
-from safeopt.diagnostics.measure import Evidence, first_adam_update
+from safeopt.diagnostics.layers import block_shares, layer_shares, module_name
+from safeopt.diagnostics.lookahead import adam_rise
+from safeopt.diagnostics.measure import Evidence, first_adam_update, measure
 from safeopt.diagnostics.plots import layer_plot
 from safeopt.diagnostics.spectrum import Spectrum
 
@@ -266,6 +270,31 @@ def test_the_jackknife_interval_of_a_mean_is_students():
     assert jackknife_interval(2.0, [[2.0, 2.0], []], 0.95) == (2.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("freedom", "tolerance"), [(1, 1e-9), (2, 0.035), (3, 0.011), (6, 1e-3), (40, 1e-6)]
+)
+def test_students_quantiles(freedom, tolerance):
+    for share in (0.9, 0.975):
+        exact = float(stats.t.ppf(share, freedom))
+        assert _student(share, freedom) == pytest.approx(exact, rel=tolerance)
+
+
+def test_two_samples_have_welchs_degrees_of_freedom():
+    """The sum of two means: the difference's interval of Welch's test, around the sum."""
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(9, generator=generator, dtype=torch.float64)
+    two = 2 * torch.randn(6, generator=generator, dtype=torch.float64)
+    total = float(one.mean() + two.mean())
+    groups = [
+        [float((x.sum() - value) / (len(x) - 1) + other) for value in x]
+        for x, other in ((one, two.mean()), (two, one.mean()))
+    ]
+    exact = stats.ttest_ind(one, two, equal_var=False).confidence_interval(0.95)
+    reach = (exact.high - exact.low) / 2
+    low, high = jackknife_interval(total + 100, [[v + 100 for v in g] for g in groups], 0.95)
+    assert high - low == pytest.approx(2 * reach, rel=2e-3)
+
+
 def simulated(generator, m=24, count=4, n=60):
     """Safety and task gradients around fixed means, one Hessian: evidence as the passes find it."""
     fixed = torch.Generator().manual_seed(3)
@@ -296,6 +325,17 @@ def simulated(generator, m=24, count=4, n=60):
         bending_norm=float((weights @ bent).norm()),
         products="double",
     )
+
+
+def test_a_sample_of_the_batches_is_their_own_mean():
+    """The weights of those that are left are shares again."""
+    weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    evidence = replace(simulated(torch.Generator().manual_seed(0)), weights=weights)
+    some = figures(evidence, 12, batches=torch.tensor([1, 3]))
+    rest = torch.tensor([0, 0.75, 0, 0.25], dtype=torch.float64)
+    whole = figures(replace(evidence, weights=rest), 12)
+    for name in ("overlap", "drift", "coupling"):
+        assert getattr(some, name) == pytest.approx(getattr(whole, name)), name
 
 
 def test_intervals_cover_what_other_samples_give_on_average():
@@ -356,3 +396,103 @@ def test_the_legend_of_the_layer_plot_hides_no_bar():
     assert axes.get_legend() is None
     assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
     assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_task_batches_count_by_their_examples():
+    """Three examples of one quadratic task, times 1, 2 and 3: the mean of all is twice the task."""
+    model, probe = analytic(overlap=0.3)
+    batches = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    result = diagnose(probe, batches, task_loss=lambda m, a: a.double() * m.task(), rank=K)
+    once = check(model, probe)
+    assert result.evidence.weights.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert result.evidence.gradient_energy.sum() == pytest.approx(
+        4 * float(model.slope @ model.slope)
+    )
+    bent = float((model.hessian @ model.slope).norm())
+    assert result.evidence.bending_norm == pytest.approx(4 * bent)
+    assert result.figures.drift == pytest.approx(2 * once.figures.drift)
+    assert result.figures.coupling == pytest.approx(4 * once.figures.coupling)
+    assert result.figures.overlap == pytest.approx(0.3)
+
+
+def test_shares_of_modules_equal_dense_linear_algebra():
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(8, N, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(N, generator=generator, dtype=torch.float64)
+    model = Quadratic(torch.eye(N, dtype=torch.float64), gradient, [(2, 5), (4,), (10,)])
+    batches, loss = task_of(model)
+    result = diagnose(probe_of(model, directions), batches, task_loss=loss, rank=K)
+    names = ["layers.1.b.weight", "layers.1.b.bias", "layers.0.a.weight"]
+    shares = layer_shares(replace(result.evidence, names=names), K)
+    assert [(s.name, s.block, s.kind) for s in shares] == [
+        ("layers.1.b", 1, "b"), ("layers.0.a", 0, "a"),
+    ]  # fmt: skip
+    _, sizes, v = torch.linalg.svd(directions, full_matrices=False)
+    top = sizes[:K, None] * v[:K]
+    for share, entries in zip(shares, (slice(14), slice(14, None)), strict=True):
+        assert share.parameters == len(gradient[entries])
+        for figure, rows in (("curvature", directions), ("subspace", top)):
+            expected = rows[:, entries].square().sum() / directions.square().sum()
+            assert getattr(share, figure) == pytest.approx(float(expected)), figure
+        expected = gradient[entries].square().sum() / gradient.square().sum()
+        assert share.gradient == pytest.approx(float(expected))
+    double = [*shares, shares[0]]
+    assert list(block_shares(double).items()) == [
+        (0, shares[1].curvature), (1, pytest.approx(2 * shares[0].curvature)),
+    ]  # fmt: skip
+
+
+def test_adams_forecast_moves_log_odds_on_straight_lines():
+    evidence = replace(
+        simulated(torch.Generator().manual_seed(0)),
+        safety_losses=torch.linspace(0.1, 2, 24, dtype=torch.float64),
+        response_tokens=torch.arange(24, dtype=torch.float64) % 5 + 1,
+        weights=torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64),
+    )
+    rate, steps, rises = 0.01, 7, []
+    for i, (loss, tokens) in enumerate(
+        zip(evidence.safety_losses.tolist(), evidence.response_tokens.tolist(), strict=True)
+    ):
+        change = -rate * steps * float(evidence.update[i] @ evidence.weights)
+        total = loss * tokens
+        odds = -math.log(math.expm1(total)) - tokens / (1 - math.exp(-total)) * change
+        rises.append(math.log1p(math.exp(-odds)) / tokens - loss)
+    assert adam_rise(evidence, rate, steps) == pytest.approx(sum(rises) / 24)
+    with pytest.raises(ValueError, match="learning_rate=0"):
+        adam_rise(evidence, 0, steps)
+    with pytest.raises(ValueError, match="steps=-1"):
+        adam_rise(evidence, rate, -1)
+
+
+def test_adams_first_update_is_that_of_torch():
+    """Zero where the gradient is, as for LoRA's A at its start; a small one makes a small step."""
+    gradient = torch.tensor([0.0, 1e-8, -1e-7, 2.0], dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    p.grad = gradient.clone()
+    torch.optim.Adam([p], lr=1.0).step()
+    [update] = first_adam_update([gradient])
+    assert torch.allclose(-p.detach(), update, rtol=1e-9)
+
+
+def test_some_examples_are_known_by_their_own_figures():
+    """Those that were drawn; also where their gradients are kept as factors."""
+    model = with_lora(tiny_llama(layers=1, dtype=torch.float64))
+    probe = SafetyProbe(model, [safety_batch()])
+    params, drawn = trainable(model), [1, 3, 4]
+    losses, rows = probe.per_example(params, drawn)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    task = [safety_batch(seed=s) for s in (1, 2)]
+    flat = torch.cat([row.flatten(1) for row in rows], dim=1)
+    for limit in (1 << 30, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("safeopt.diagnostics.measure._DENSE_BYTES", limit)
+            if not limit:  # too large to be formed
+                patch.delattr(SafetyProbe, "per_example")
+            found = measure(
+                probe, task, params, names,
+                task_loss="causal_lm", examples=drawn, listener=lambda *_: None,
+            )  # fmt: skip
+        assert found.safety_losses.tolist() == pytest.approx(losses.tolist())
+        assert torch.equal(found.response_tokens, probe.response_tokens(drawn))
+        assert torch.allclose(found.gram, flat @ flat.T, rtol=1e-9)
+    assert replace(found, grams=1e-12 * found.grams).blind == [], "small is not zero"

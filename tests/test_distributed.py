@@ -1,13 +1,15 @@
 """Several processes train what one process trains: DDP, FSDP2 and HSDP over gloo, on the CPU."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import distributed_runs as work
 import pytest
 import torch
 from processes import run_ranks
+from torch.distributed.tensor import Shard
 
-from safeopt.distributed import ALONE, Layout
+from safeopt.distributed import ALONE, Layout, _part
 
 pytestmark = pytest.mark.slow
 
@@ -241,3 +243,40 @@ def test_one_process_has_nothing_to_exchange():
     assert ALONE.gather(values, 3) is values
     assert ALONE.share(3) == [0, 1, 2]
     assert Layout.of([values]).any(True, values.device)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_shares_put_together_are_everything_once(ranks):
+    for count in range(10):
+        shares = []
+        for rank in range(ranks):
+            layout = Layout([])
+            layout._size, layout._rank = ranks, rank
+            shares.append(layout.share(count))
+        assert len(set(map(len, shares))) == 1, "passes of sharded models are run together"
+        assert [i for share in shares for i in share][:count] == list(range(count))
+        assert all(i < count for share in shares for i in share)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_are_cut_as_torch_cuts_them(dim):
+    for ranks in (1, 2, 3, 4):
+        for size in (1, 2, 5, 8):
+            shape = (size, 3) if dim == 0 else (3, size)
+            whole = torch.arange(2.0 * 3 * size).view(2, *shape)  # of two examples
+            chunks = list(whole.chunk(ranks, 1 + dim))
+            found = []
+            for rank in range(ranks):
+                mesh = SimpleNamespace(
+                    size=lambda _, n=ranks: n, get_local_rank=lambda _, r=rank: r
+                )
+                p = SimpleNamespace(
+                    device_mesh=mesh, placements=(Shard(dim),), shape=torch.Size(shape)
+                )
+                part = _part(p, mesh)
+                mine = part.cut(whole, leading=1)
+                assert part.whole(mine.shape, leading=1) == whole.shape
+                if mine.numel():
+                    found.append(mine)
+            assert all(map(torch.equal, found, chunks))
+            assert len(found) == len(chunks)

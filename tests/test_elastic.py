@@ -5,10 +5,9 @@ import io
 
 import numpy as np
 import pytest
-import schedulefree
 import torch
 import torch.distributed as dist
-from optimizer_table import build, run
+from optimizer_table import OVERWRITING, build, run
 from quadratic import Quadratic, probe_of
 
 from safeopt import RefreshPolicy, SafetyProbe, safeguard
@@ -100,6 +99,30 @@ def test_a_steady_drive_comes_a_fixed_share_of_its_way(schedule):
     assert np.allclose(came[-2:], 1)  # where there is no curvature
 
 
+def test_what_is_driven_seldom_keeps_its_share_and_what_is_driven_no_more_comes_back():
+    """Rows of an embedding: for frequent, rare and vanished tokens, and for those of no batch."""
+    tau, steps = 2.0, 1000
+    model, optimizer = start(elastic=tau, refresh=NEVER, **ALONE)
+    origin, drive = parameters(model), np.linspace(-1, 1, N)
+    often, seldom, early, never = (np.arange(N) % 4 == i for i in range(4))
+    way, squares = np.zeros(N), np.zeros(N)
+    for t in range(steps):
+        on = often | (seldom & (t % 10 == 0)) | (early & (t < 5))
+        if t == 1:  # weight decay alone moves the last ones
+            torch._foreach_mul_([p.data for p in model.weights], 0.999)
+        optimizer.param_groups[0]["lr"] = 0.01
+        step(model, optimizer, drive * on)
+        way, squares = way + 0.01 * on * drive, squares + (drive * on) ** 2
+    f = share((directions().numpy()[optimizer.safety.rota._pool[:2]] ** 2).sum(0))
+    moved, driven = origin - parameters(model), often | seldom
+    expected = way[driven] / (1 + tau * f[driven] / share(squares)[driven])
+    assert np.allclose(moved[driven], expected, rtol=0.1, atol=2e-3)
+    gone = (early | never) & (f > 0)
+    assert gone.sum() == 4
+    assert np.abs(moved[gone]).max() < 1e-9
+    assert np.allclose(moved[early & (f == 0)], way[early & (f == 0)], rtol=0.1)
+
+
 def test_without_task_gradients_all_entries_count_the_same():
     model = Quadratic(torch.zeros(N, N).double(), torch.zeros(N).double(), SHAPES)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -114,15 +137,11 @@ def test_without_task_gradients_all_entries_count_the_same():
 
 
 @pytest.mark.parametrize("with_closure", [False, True])
-@pytest.mark.parametrize("base", ["schedule-free", "nesterov"])
+@pytest.mark.parametrize("base", OVERWRITING)
 def test_the_task_is_known_by_its_own_gradients(base, with_closure):
     """Not by what an optimizer that computes inside of them has left there."""
     model = Quadratic(torch.zeros(N, N).double(), torch.zeros(N).double(), SHAPES)
-    kind, options = {
-        "schedule-free": (schedulefree.AdamWScheduleFree, {}),
-        "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
-    }[base]
-    plain = kind(model.parameters(), lr=0.05, **options)
+    plain = OVERWRITING[base](model.parameters(), lr=0.05)
     pulled = {"elastic": 1.0, "trial_examples": 1, "refresh": NEVER}
     optimizer = safeguard(plain, probe_of(model, directions()), **pulled)
     if base == "schedule-free":

@@ -292,6 +292,22 @@ def test_state_survives_a_file_and_bad_ones_are_refused():
         FactoredRows.from_state(rows.state_dict(), [*params[:3], torch.zeros(5)])
 
 
+@pytest.mark.parametrize("broken", ["examples", "tokens", "places", "weights"])
+def test_factors_that_do_not_fit_each_other_are_refused(broken):
+    rows = drawn()
+    params = [torch.zeros(s, dtype=torch.float64) for s in rows.shapes]
+    state = rows.state_dict()
+    right, left, counts, places = state["sites"][0]
+    state["sites"][0] = {
+        "examples": [right, left, [*counts, 0], places],
+        "tokens": [right, left, [*counts[:-1], counts[-1] + 1], places],
+        "places": [right, left, counts, places + 1],
+        "weights": [right, {}, counts, places],
+    }[broken]
+    with pytest.raises(ValueError, match="factors of a layer do not fit each other"):
+        FactoredRows.from_state(state, params)
+
+
 class Counts(TorchDispatchMode):
     """Counts how often the tokens' examples are worked out: a GPU is given numbers each time."""
 

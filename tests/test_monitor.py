@@ -399,6 +399,35 @@ def test_warnings_do_not_come_more_often_than_measurements_are_due():
     assert alarms == [1, 4, 7]
 
 
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_what_was_just_measured_is_told_again_where_it_is_asked_for(action, caplog):
+    """A check before saving, after the loop's own at the same step."""
+    model, *rest, monitor = watched(action, every=1)
+    go(model, *rest, 1)
+    spike(model)
+    first = monitor.check(1)
+    forward = monitor.probe.passes.forward
+    again = monitor.check(1, measure=True)
+    assert again.alignment_loss == first.alignment_loss
+    assert (again.alarm, again.stop) == (first.alarm, first.stop) == (True, action == "stop")
+    assert monitor.check(1).alignment_loss is None
+    assert monitor.probe.passes.forward == forward
+    assert monitor.history == [first]
+    assert caplog.text.count("alignment loss") == 1
+
+
+def test_after_a_rollback_the_checkpoint_s_loss_is_told():
+    model, *rest, monitor = watched("rollback", every=1)
+    go(model, *rest, 1)
+    safe = monitor.check(1)
+    go(model, *rest, 2)
+    spike(model)
+    assert monitor.check(2).rolled_back
+    again = monitor.check(2, measure=True)
+    assert again.alignment_loss == safe.alignment_loss
+    assert (again.alarm, again.rolled_back, again.stop) == (False, False, False)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_rollback_puts_everything_back_exactly(factor):
     model, optimizer, scheduler, monitor = watched("rollback", lr_factor=factor)

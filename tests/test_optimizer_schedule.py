@@ -296,6 +296,20 @@ def test_steps_that_move_nothing_are_inert(name):
 
 
 @names
+def test_the_rate_of_a_group_without_anything_to_train_does_not_count(name):
+    model = tiny_llama(layers=1)
+    trained, frozen = list(model.parameters())[1:], list(model.parameters())[:1]
+    frozen[0].requires_grad_(False)
+    groups = [{"params": trained, "lr": 1e-3}, {"params": frozen, "lr": 0.5}]
+    _, optimizer = build(name, model=model, params=groups, refresh=NEVER)
+    run(model, optimizer, 1)
+    assert optimizer.safety.last_rate == 1e-3
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(model, optimizer, 1)
+    assert optimizer.safety.step_count == 1
+
+
+@names
 def test_closures(name):
     model, optimizer = build(name, refresh=RefreshPolicy.fixed(2))
     plain, reference = build(name, refresh=RefreshPolicy.fixed(2))

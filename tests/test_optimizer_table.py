@@ -165,7 +165,9 @@ def test_other_protected_parameters_are_refused_after_the_first_estimate(name, s
         "exchanged": lambda optimizer, free: optimizer.param_groups[0]["params"].__setitem__(
             1, nn.Parameter(optimizer.param_groups[0]["params"][1].detach().clone())
         ),
+        "resized": lambda optimizer, free: model.resize_token_embeddings(VOCAB + 2),
     }
+    message = r"params: (\d protected parameters were added and|a protected parameter of shape)"
     for change in changes.values():
         model = tiny_llama(layers=1)
         *chosen, free = trainable(model)
@@ -176,7 +178,7 @@ def test_other_protected_parameters_are_refused_after_the_first_estimate(name, s
         before, state = copies(model.parameters()), optimizer.safety.counters()
         push(optimizer.param_groups[0]["params"], 3)
         for call in (optimizer.step, optimizer.restore):
-            with pytest.raises(ValueError, match=r"params: \d protected parameters were added and"):
+            with pytest.raises(ValueError, match=message):
                 call()
         assert equal(model.parameters(), before)
         assert optimizer.safety.counters() == state
@@ -491,6 +493,20 @@ def test_hooks_of_the_user_run_around_the_protected_step(name):
     optimizer.register_load_state_dict_post_hook(lambda one: loaded.append("after"))
     optimizer.load_state_dict(state)
     assert loaded == ["before", "after"]
+
+
+@pytest.mark.parametrize("elastic", [0.0, 1.0])
+def test_a_hook_that_takes_the_schedulers_step_does_not_change_the_rate_of_the_one_before(elastic):
+    """One that was there before `safeguard`'s own runs before it."""
+    model = tiny_llama(layers=1)
+    base = torch.optim.SGD(trainable(model), lr=1e-2)
+    scheduler = schedules.LambdaLR(base, lambda step: 1.0 if step < 2 else 0.0)
+    base.register_step_post_hook(lambda *args: scheduler.step())
+    optimizer = safeguard(base, probe_of(model), rank=8, refresh=NEVER, elastic=elastic)
+    run(model, optimizer, 3)
+    assert optimizer.safety.step_count == 2
+    assert optimizer.safety.last_rate == 1e-2
+    assert optimizer.safety.counters()["travelled"] == 2e-2
 
 
 @names

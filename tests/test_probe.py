@@ -381,6 +381,7 @@ def broken(name, value):
 BATCH = safety_batch()
 EMPTY = torch.full_like(BATCH["labels"], -100)
 LONGER = {**BATCH, "labels": BATCH["input_ids"]}
+MINUS = {**BATCH, "labels": BATCH["labels"].masked_fill(BATCH["labels"] == -100, -1)}
 
 
 def encoder_decoder():
@@ -405,6 +406,8 @@ def encoder_decoder():
         ),
         (ValueError, "example 0 has no response token", {"batches": [broken("labels", EMPTY)]}),
         (ValueError, "held: example 0 has no response token", {"held": [broken("labels", EMPTY)]}),
+        (ValueError, "batches: example 0 has the label -1;", {"batches": [MINUS]}),
+        (ValueError, "held: example 0 has the label -1;", {"held": [MINUS]}),
         (ValueError, "batches: .*different keys", {"batches": [BATCH, broken("extra", EMPTY)]}),
         (ValueError, "batches, held: .*different keys", {"held": [broken("extra", EMPTY)]}),
         (ValueError, "batches: a batch is str; expected a list of dicts", {"batches": BATCH}),
@@ -426,7 +429,9 @@ def encoder_decoder():
         ),
         (ValueError, 'loss="ce"', {"loss": "ce"}),
         (TypeError, "loss=3", {"loss": 3}),
-        (ValueError, "micro_batch_size=0", {"micro_batch_size": 0}),
+        (ValueError, "micro_batch_size=0: expected a number of examples", {"micro_batch_size": 0}),
+        (ValueError, "micro_batch_size='8'", {"micro_batch_size": "8"}),
+        (ValueError, "micro_batch_size=2.5", {"micro_batch_size": 2.5}),
         (ValueError, "opening=0: expected a number of tokens", {"opening": 0}),
         (ValueError, "opening=2.5: expected a number of tokens", {"opening": 2.5}),
     ],

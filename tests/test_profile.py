@@ -85,6 +85,26 @@ def test_overlap_is_that_of_dense_projectors():
         overlap_scores(rows, names, changes, modes=0)
 
 
+def test_a_known_alignment_update_takes_the_place_of_the_mean_gradient():
+    model = tiny_llama(dtype=torch.float64)
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    weights = [dict(model.named_parameters())[name] for name in names]
+    _, rows = SafetyProbe(model, [safety_batch()]).factored(weights)
+    generator = torch.Generator().manual_seed(1)
+    changes = [torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in weights]
+    left = torch.randn(len(weights[0]), generator=generator, dtype=torch.float64)
+    update = torch.outer(left, changes[0][0])  # of one direction: so many modes are compared
+    plain = overlap_scores(rows, names, changes, modes=3)
+    first, second = overlap_scores(rows, names, changes, modes=3, alignment={names[0]: update})
+    unit = left / left.norm()
+    kept = (unit @ changes[0]).square().sum() / changes[0].square().sum()
+    assert first.energy_kept == pytest.approx(float(kept))
+    own = torch.linalg.svd(changes[0])[0][:, 0]
+    assert first.mode_overlap == pytest.approx(float((unit @ own) ** 2))
+    assert first.modes_random == 1 / len(weights[0])
+    assert (first.share, second) == (plain[0].share, plain[1])
+
+
 def test_the_profile_of_adapters_and_of_all_parameters_fits_the_schema():
     adapted = with_lora(tiny_llama())
     change = adapter_change(adapted)

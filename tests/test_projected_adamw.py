@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optimizer_table import NEVER, OPTIMIZERS, build, copies, equal, probe_of, run
+from optimizer_table import NEVER, OPTIMIZERS, OVERWRITING, build, copies, equal, probe_of, run
 from quadratic import Quadratic, dense_basis, orthogonal
 from quadratic import probe_of as quadratic_probe
 from tiny_models import task_step, tiny_llama, trainable, with_lora
@@ -209,6 +209,32 @@ def test_the_coupling_follows_a_learning_rate_that_jumps(guarded):
             expected = float((weights * (dense_basis(optimizer).T @ hessian @ before)).norm())
             assert optimizer.safety.coupling == pytest.approx(expected, rel=1e-6)
         before = gradient
+
+
+@pytest.mark.parametrize("elastic", [0.0, 1.0])
+@pytest.mark.parametrize("base", OVERWRITING)
+def test_the_coupling_is_that_of_the_tasks_own_gradients(base, elastic):
+    """Not of what an optimizer that computes inside of them has left there."""
+    generator = torch.Generator().manual_seed(1)
+    slope, *directions = torch.randn(7, 12, generator=generator).double()
+    model = Quadratic(torch.linspace(0.5, 3, 12).double().diag(), slope)
+    optimizer = safeguard(
+        OVERWRITING[base](model.parameters(), lr=0.02),
+        quadratic_probe(model, torch.stack(directions)),
+        mode="none", rank=4, trial_examples=1, elastic=elastic, refresh=NEVER,
+    )  # fmt: skip
+    if base == "schedule-free":
+        optimizer.train()
+    inside = []
+    for _ in range(3):
+        gradient = model.task_gradient(model.moved)
+        optimizer.step(lambda: model.closure(optimizer))
+        inside.append(dense_basis(optimizer).T @ gradient)
+        if len(inside) > 1:
+            change = (inside[-1] - inside[-2]) / 0.02
+            weights = optimizer.safety.subspace.eigenvalues.sqrt()
+            expected = float((weights * change).norm())
+            assert optimizer.safety.coupling == pytest.approx(expected, rel=1e-6)
 
 
 def test_safeguard_changes_the_optimizer_it_is_given():

@@ -2,12 +2,16 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from optimizer_table import NEVER, build, run
 
-from safeopt.optim.restoring import is_lost
+from safeopt.curvature.window import Window
+from safeopt.losses import refusal_nll
+from safeopt.optim.config import SafetyConfig
+from safeopt.optim.restoring import is_lost, searched, step_back
 
 TOKENS = torch.tensor([4.0, 4.0, 20.0], dtype=torch.float64)
 
@@ -53,3 +57,55 @@ def test_restore_tells_what_is_left_of_a_rise_that_matters(missing, told, monkey
     assert is_lost(after, reference, tokens) == told
     assert ("25% of the rise is left" in caplog.text) == told
     assert (f"set budget to {after - reference:.2g}" in caplog.text) == told
+
+
+def other_loss(model, batch):
+    """Any loss that is not the refusals' negative log-likelihood."""
+
+
+def window_of(coefficient, loss):
+    """One safety example whose loss is taken as it is."""
+    one = torch.ones(1, dtype=torch.float64)
+    return Window(coefficient * one.view(1, 1), loss * one, 0 * one, math.nan * one)
+
+
+@pytest.mark.parametrize("firmer", [False, True])
+@pytest.mark.parametrize("loss", [refusal_nll, other_loss])
+def test_the_step_back_leads_to_the_goal_and_the_budget(loss, firmer):
+    """Beyond it by what is missing, where a refresh asks for that and the loss is of refusals."""
+    config, probe = SafetyConfig(budget=0.1, newton_damping=0.25), SimpleNamespace(loss=loss)
+    step = step_back(window_of(1.0, 1.0), -0.5, probe, config, firmer=firmer)
+    missing = 0.8 if firmer and loss is refusal_nll else 0.4
+    assert step.tolist() == pytest.approx([-missing / 1.25])
+    assert step_back(window_of(1.0, 0.59), -0.5, probe, config, firmer=firmer) is None
+    # Lost, but without a gradient there is no way back.
+    assert step_back(window_of(0.0, 1.0), -0.5, probe, config, firmer=firmer) is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("before", "losses", "length"),
+    [
+        (1.0, [0.5], 1.0),
+        (1.0, [1.1, 0.9], 0.5),
+        (1.0, [1.1, 1.0, 0.99], 0.25),
+        (1.0, [1.1, 1.0, 1.0], 0.0),
+        (0.1, [0.15], 1.0),  # nothing was lost, and nothing is
+        (0.1, [0.25, 0.19], 0.5),
+    ],
+)
+def test_as_much_of_a_step_is_taken_as_the_trial_examples_allow(before, losses, length, known):
+    def shift(params, change):
+        params[0].add_(change)
+
+    measured = iter(losses if known else [before, *losses])
+    probe = SimpleNamespace(value=lambda trial: next(measured))
+    start, step = torch.tensor([1.0, 2.0]).double(), torch.tensor([4.0, -8.0]).double()
+    params = [start.clone()]
+    taken, value = searched(
+        SimpleNamespace(shift=shift), params, step, probe, [0], 0.2, before if known else None
+    )
+    assert torch.equal(taken, length * step)
+    assert torch.equal(params[0], start + length * step)
+    assert value == (losses[-1] if length else before)
+    assert list(measured) == []

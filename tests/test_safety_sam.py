@@ -536,6 +536,19 @@ def test_written_parameters_are_not_overwritten():
     assert equal(model.parameters(), saved)
 
 
+def test_parameters_resized_while_held_are_refused_by_name():
+    model, probe = problem()
+    optimizer = build(model, probe, "lookahead")
+    train(model, optimizer, 2)
+    resized = model.weights[0].detach().repeat(2, *[1] * (model.weights[0].dim() - 1))
+    model.weights[0].data = resized.clone()
+    with pytest.raises(RuntimeError, match="params: 1 parameters were written to"):
+        optimizer.restore()
+    with pytest.raises(ValueError, match="params: a protected parameter of shape"):
+        optimizer.restore()
+    assert torch.equal(model.weights[0], resized)
+
+
 @modes
 def test_freezing_a_part_is_refused_by_name(mode):
     """Before anything moves, and with the parameters back at θ."""

@@ -36,6 +36,9 @@ def test_the_forecast_is_its_closed_form():
     assert drifting.rise(breach.step) == pytest.approx(0.02, rel=1e-9)
     assert drifting.rise(0.9 * 2 * 0.4 / 3.0 / 0.01) == 0, "a drift away from the subspace first"
     assert breach.interval[0] < breach.step < breach.interval[1]
+    # The strongest coupling with the smallest drift is the soonest, and the other way round.
+    ends = [OnsetForecast(gamma, eps, 0.01) for gamma, eps in ((4.0, 0.3), (2.0, 0.5))]
+    assert breach.interval == tuple(end.forecast_breach(0.02).step for end in ends)
     assert OnsetForecast(0.0, 0.1, 0.01).forecast_breach(1.0).step == math.inf
     # Where a sample says nothing of a figure's spread, its interval ends at the largest number.
     most = sys.float_info.max
@@ -93,6 +96,26 @@ def test_the_criteria_name_the_law_that_made_the_curve(rise, best, exponent):
     assert fitted.models["saturating"].breach(1e9) == math.inf
 
 
+def test_the_criteria_are_those_of_least_squares_in_logarithms():
+    """n log(RSS/n) + 2p, and p log n: one number for a fixed exponent, two else, and σ."""
+    fitted = fit(lambda n: 1e-4 * n**3, noise=0.2)
+    x = np.log(STEPS)
+    y = np.log(np.array(curve(lambda n: 1e-4 * n**3, 0.2)[1:]) - 0.1)
+    errors = {"power": np.polyfit(x, y, 1, full=True)[1][0]}
+    for name, exponent in (("quartic", 4), ("quadratic", 2), ("linear", 1)):
+        errors[name] = len(y) * np.var(y - exponent * x)
+    for name, error in errors.items():
+        model, free = fitted.models[name], 3 if name == "power" else 2
+        likelihood = len(y) * math.log(error / len(y))
+        assert model.akaike == pytest.approx(likelihood + 2 * free)
+        assert model.bayesian == pytest.approx(likelihood + math.log(len(y)) * free)
+        assert model.r_squared == pytest.approx(1 - error / (len(y) * np.var(y)))
+    assert [model.rise(0) for model in fitted.models.values()] == [0] * 5
+    saturating = fitted.models["saturating"]
+    penalty = saturating.bayesian - saturating.akaike
+    assert penalty == pytest.approx(3 * (math.log(len(y)) - 2))
+
+
 def test_the_breach_interval_covers_a_repeated_run():
     def rise(n):
         return 1e-6 * n**4
@@ -145,6 +168,8 @@ def test_points_that_did_not_rise_are_counted_and_too_few_are_refused():
     assert fit_onset([0, *STEPS], losses).dropped == 1
     with pytest.raises(ValueError, match="only 0 of 40 measurements lie above"):
         fit_onset([0, *STEPS], [0.1] * 41)
+    with pytest.raises(ValueError, match=r"only 3 of 3 .* at 2 different steps; a curve needs"):
+        fit_onset([0, 1, 1, 2], [0.1, 0.2, 0.3, 0.4])
     with pytest.raises(ValueError, match="start: no measurement at step 0"):
         fit_onset(STEPS, losses[1:])
     with pytest.raises(ValueError, match="41 values for 40 steps"):

@@ -224,6 +224,25 @@ def test_old_losses_follow_their_linear_models():
     assert second.coordinates(moved).abs().max() < 1e-14
 
 
+def test_examples_keep_their_tokens_and_targets():
+    """Old ones stand before new ones, in all that is known of them."""
+    subspace, params, nan = None, random_params(), torch.nan
+    for seed, tokens, targets in (
+        (0, [2.0, 3.0, 4.0], [nan, 0.5, nan]),
+        (1, [5.0, 6.0], [0.7, nan]),
+    ):
+        rows, losses = random_rows(len(tokens), seed), torch.full((len(tokens),), seed + 0.1)
+        subspace = updated_subspace(
+            subspace, params, rows, losses, torch.tensor(tokens), torch.tensor(targets),
+            rank=9, window=4,
+        )  # fmt: skip
+    assert subspace.window.tokens.tolist() == [3, 4, 5, 6]
+    assert subspace.window.tokens.dtype == subspace.window.targets.dtype == torch.float64
+    assert subspace.window.losses.tolist() == pytest.approx([0.1, 0.1, 1.1, 1.1])
+    expected = torch.tensor([0.5, nan, 0.7, nan], dtype=torch.float64)
+    assert torch.allclose(subspace.window.targets, expected, equal_nan=True)
+
+
 def test_truncation_keeps_the_largest_directions():
     subspace, _, _ = update(None, random_params(), 0, count=8, rank=3)
     subspace, rows, _ = update(subspace, random_params(), 1, count=2, rank=3, window=10)
@@ -259,8 +278,11 @@ def test_examples_without_gradient_span_nothing():
     )
     assert empty.rank == 0
     assert empty.window.restoring_step(0.1, 0.1).shape == (0,)
-    again, _, _ = update(empty, random_params(), 1)
+    again, _, losses = update(empty, random_params(), 1)
     assert again.rank == 3
+    # They are not carried on: they say nothing of any other point.
+    assert torch.equal(again.window.losses, losses)
+    assert torch.equal(again.eigenvalues, update(None, random_params(), 1)[0].eigenvalues)
 
 
 def test_rebase_moves_the_anchor_and_the_models():
@@ -275,3 +297,14 @@ def test_rebase_moves_the_anchor_and_the_models():
     assert subspace.surrogate.value == 0.7
     assert torch.equal(subspace.surrogate.gradient, slope)
     assert torch.equal(subspace.window.losses, losses + coefficients @ step)
+
+
+def test_rebase_starts_at_the_parameters_as_they_were_rounded():
+    """In bfloat16 they do not come to θ_r + U·step: that is no drift."""
+    params = random_params(dtype=torch.bfloat16)
+    subspace, _, _ = update(None, params, 0)
+    step = torch.tensor([0.1, -0.2, 0.05], dtype=torch.float64)
+    subspace.shift(params, step)
+    assert (subspace.coordinates(params) - step).abs().max() > 1e-4
+    subspace.rebase(params, step, 0.7)
+    assert torch.equal(subspace.coordinates(params), torch.zeros(3, dtype=torch.float64))

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from safeopt.curvature.surrogate import Surrogate, damp, limit_to_budget, remove_acceleration
+from safeopt.optim.config import SafetyConfig
+from safeopt.optim.interval import Interval
 
 
 def tensor(*values):
@@ -125,3 +127,44 @@ def test_remove_acceleration_leaves_the_linear_drift():
         drift = free - position if drift is None else drift
         position = remove_acceleration(position, drift)
         assert torch.allclose(position, t * (velocity + 0.5 * acceleration), atol=1e-14)
+
+
+@pytest.mark.parametrize("measured", [0.1, 0.25, 0.4])
+def test_the_budget_counts_from_the_reference(measured):
+    """Â(c⁺) ≤ reference + budget; above it already, it rises no more, nor is it to fall."""
+    model, c = Surrogate(measured, tensor(1, 0), tensor(2, 1)), tensor(1, 1)
+    config = SafetyConfig(mode="budget", budget=0.1)
+    mapped = Interval.at(c).mapped(c, model, config, reference=0.2)
+    assert model.predict(mapped) == pytest.approx(max(measured, 0.3), abs=1e-9)
+
+
+def test_damping_is_relative_to_the_mean_curvature():
+    """A loss in other units, or of none at all, is damped alike."""
+    c, config = tensor(1, -2), SafetyConfig(mode="damp", damping=3.0)
+    for scale in (1e-9, 1.0, 1e9):
+        model = Surrogate(0.0, tensor(0, 0), scale * tensor(3, 1))
+        mapped = Interval.at(c).mapped(c, model, config, reference=0.0)
+        assert torch.allclose(mapped, c / (1 + 3 * tensor(1.5, 0.5)), rtol=1e-12)
+    flat = Surrogate(0.0, tensor(0, 0), tensor(0, 0))
+    assert torch.equal(Interval.at(c).mapped(c, flat, config, reference=0.0), c)
+
+
+def test_drift_is_the_rise_without_the_map():
+    """Steps of the base optimizer add up, whatever the map has left of each."""
+    model = Surrogate(0.3, tensor(0.1, 0.2), tensor(2, 1))
+    interval = Interval.at(tensor(0, 0))
+    assert interval.drift(model) == 0
+    for step, kept in ((tensor(1, 0), tensor(0.5, 0)), (tensor(0, 2), tensor(0.5, 1))):
+        interval.advance(interval.position + step, kept)
+    assert interval.drift(model) == pytest.approx(model.predict(tensor(1, 2)) - 0.3)
+    assert torch.equal(interval.position, tensor(0.5, 1))
+
+
+def test_the_first_drift_is_that_of_the_first_step():
+    """Also where the interval does not begin at its anchor; later steps do not change it."""
+    model, config = Surrogate(0.0, tensor(0, 0), tensor(1, 1)), SafetyConfig(mode="acceleration")
+    interval = Interval(tensor(1, 1), tensor(0, 0))
+    for step, expected in ((tensor(0.1, 0.2), tensor(1.1, 1.2)), (tensor(5, 5), tensor(1.2, 1.4))):
+        c = interval.position + step
+        interval.advance(c, interval.mapped(c, model, config, reference=0.0))
+        assert torch.allclose(interval.position, expected)

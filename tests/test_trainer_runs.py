@@ -390,6 +390,80 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
+def test_a_smaller_batch_size_found_late_keeps_the_reference(tmp_path):
+    """Training begins again with a model that has drifted, which must not pass for the aligned."""
+    trainer = guarded(
+        tmp_path, "safety-sam", auto_find_batch_size=True, per_device_train_batch_size=4
+    )
+    references = []
+
+    def full(model, args, kwargs):
+        if model.training and len(kwargs["input_ids"]) > 3 and trainer.state.global_step == 2:
+            references.append(safety_of(base_optimizer(trainer)).reference)
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.register_forward_pre_hook(full, with_kwargs=True)
+    trainer.train()
+    assert trainer.state.train_batch_size < 4
+    assert trainer.state.global_step == 4
+    safety = safety_of(base_optimizer(trainer))
+    assert set(references) == {safety.reference}
+    assert [entry.step for entry in safety.history].count(0) == 1
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_the_probe_hears_no_noise_of_neftune(tmp_path, adapter):
+    """Its hook stands on the embedding, which trains where there is no adapter."""
+    trainer = guarded(
+        tmp_path, model=None if adapter else tiny_llama(), neftune_noise_alpha=50.0, max_steps=2
+    )
+    model, run = trainer.model, trainer.training_step
+    probe, embedding, heard = tiny_probe(model), model.get_input_embeddings(), []
+    params = trainable(model) if adapter else [embedding.weight]
+
+    def look():
+        rows = probe.per_example(params).rows
+        return [probe.values(), *probe.gradient(params)[1], *rows]
+
+    quiet = look()
+
+    def training_step(model, inputs, *args):
+        assert embedding._forward_hooks, "the noise is on"
+        if not heard:
+            heard.append(all(map(torch.equal, look(), quiet)))
+        return run(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert heard == [True]
+    assert safety_of(base_optimizer(trainer)).step_count == 2
+
+
+@pytest.mark.parametrize("largest", [0.05, 0.0], ids=["clipped", "unclipped"])
+def test_the_pull_counts_the_gradients_that_the_optimizer_sees(tmp_path, largest):
+    """Those of a whole step, after its micro-batches were accumulated and the norm was clipped."""
+    model = with_lora(tiny_llama())
+    params, norms, total = trainable(model), [], 0.0
+    optimizer = torch.optim.SGD(params, lr=0.1)
+
+    def count(optimizer, args, kwargs):
+        nonlocal total
+        total = total + torch.cat([p.grad.flatten() for p in params]).square()
+        norms.append(float(torch.cat([p.grad.flatten() for p in params]).norm()))
+
+    optimizer.register_step_pre_hook(count)
+    trainer = build(
+        tmp_path, model=model, protected={"optimizers": (optimizer, None)}, max_steps=3,
+        max_grad_norm=largest, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    protect(trainer, tiny_probe(model), rank=4, elastic=0.1)
+    trainer.train()
+    assert all(largest * 0.99 < norm for norm in norms)
+    assert (max(norms) <= 0.05) == (largest > 0)
+    counted = torch.cat([block[2].flatten() for block in safety_of(optimizer).pull.blocks])
+    torch.testing.assert_close(counted, total)
+
+
 @kinds
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
     name, options = KINDS[kind]
@@ -481,6 +555,21 @@ def test_lookahead_evaluates_and_saves_unperturbed_parameters(tmp_path):
         assert all(map(torch.equal, recorder.evaluated[at], optimizer_held[at]))
     for at in (2, 4):
         assert all(map(torch.equal, recorder.evaluated[at], recorder.saved[at]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_evaluation_before_the_first_step_is_of_the_aligned_model(tmp_path, smoothing):
+    """And with label smoothing, which takes the labels away from the model."""
+    recorder = Recorder()
+    trainer = guarded(
+        tmp_path, "safety-sam", options={"rho": 0.5}, callbacks=[recorder], eval_on_start=True,
+        eval_strategy="steps", eval_steps=4, label_smoothing_factor=smoothing,
+    )  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    assert all(map(torch.equal, recorder.evaluated[0], before))
+    assert "alignment_loss" not in trainer.state.log_history[0], "nothing was measured yet"
+    assert "alignment_loss" in trainer.state.log_history[1]
 
 
 def test_the_best_model_is_loaded_as_it_was_saved(tmp_path):

@@ -110,6 +110,22 @@ def test_restoring_step_equals_a_general_solver(count, rank, seed, damping):
     assert float((step - expected).norm()) <= 1e-6 * (1 + float(expected.norm()))
 
 
+@pytest.mark.parametrize(("beyond", "came"), [(0.0, 0.4), (0.3, 0.7), (1.0, 0.8)])
+def test_lost_safety_examples_alone_are_brought_beyond_their_goal(beyond, came):
+    """As far as they miss it, up to so much. What is within its goal keeps its slack."""
+    slack = 0.05 if beyond == 0 else came - 0.05
+    examples = Window(
+        torch.tensor([[1, 0, 0], [0, 1, 0], [-1, 0, 1]], dtype=torch.float64),
+        torch.tensor([1.0, 0.5, 0.6 - slack], dtype=torch.float64),
+        torch.zeros(3, dtype=torch.float64),
+        torch.tensor([NAN, 0.8, NAN], dtype=torch.float64),
+    )
+    step = examples.restoring_step(0.6, 1e-12, beyond)
+    # The second one is held: back to its target. The third one's loss may rise by its slack.
+    expected = torch.tensor([-came, 0.3, slack - came], dtype=torch.float64)
+    assert relative_error(step, expected) < 1e-9
+
+
 def test_nothing_lost_means_no_step():
     examples = window(held=0)
     assert not examples.restoring_step(1e3, 0.1).any()
@@ -135,6 +151,7 @@ def test_nothing_lost_means_no_step():
         (0.11, 4, False, True),
         (1e-6, 4, True, True),
         (1e-6, 0, False, True),
+        (0.0, 0, False, False),
     ],
 )
 def test_what_counts_as_lost(missing, tokens, held, lost):
@@ -164,6 +181,7 @@ def test_latest():
     assert len(young) == 2
     assert torch.equal(young.losses, examples.losses[-2:])
     assert not young.safety.any()
+    assert len(examples.latest(0)) == 0
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -178,6 +196,11 @@ def test_nonnegative_minimum_fulfils_its_conditions(size, seed):
     assert bool((alpha >= 0).all())
     assert float(slope.max()) <= 1e-8
     assert float((alpha * slope).abs().max()) <= 1e-8
+
+
+def test_nonnegative_minimum_leaves_out_no_small_entry():
+    vector = torch.tensor([1.0, 1e-4, -1.0, 1e-8, 0.0], dtype=torch.float64)
+    assert torch.equal(nonnegative_minimum(torch.eye(5).double(), vector), vector.clamp(min=0))
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e3, 1e8])

@@ -41,7 +41,8 @@ class Check:
 
     Attributes:
         step: as it was given.
-        alignment_loss: where it was measured at this check; before a rollback, if there was one.
+        alignment_loss: where it was measured at this check, before a rollback if there was one; or
+            was asked for where it had just been measured.
         alignment_predicted: what was expected before measuring.
         alignment_limit: the alignment loss at the start plus the budget.
         coupling: γ_t.
@@ -204,7 +205,8 @@ class SafetyMonitor:
 
         Args:
             step: for the history and the log.
-            measure: measure now, whether it is due or not.
+            measure: measure now, whether it is due or not; where no step was taken since the last
+                measurement, what that one found is returned.
 
         Returns:
             What is known now. Where ``rolled_back``, the run stands at the last safe checkpoint.
@@ -216,6 +218,9 @@ class SafetyMonitor:
         predicted, limit = found.alignment_predicted, self.reference + self.budget
         foreseen = predicted is None or not predicted <= limit
         known = not self._loss <= limit  # with "warn" a run goes on above its limit
+        if since == 0 and measure:  # nothing has moved since it was measured
+            stop = known and self.action != "warn"
+            return replace(found, alignment_loss=self._loss, alarm=known, stop=stop)
         due = since >= self.every or (foreseen and not known)
         if since == 0 or not (due or measure):
             return found

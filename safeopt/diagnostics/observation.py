@@ -21,7 +21,8 @@ from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import SafetyGeometry
-from safeopt.optim.protection import is_inert, largest_learning_rate, protected_parameters
+from safeopt.optim.groups import largest_learning_rate, protected_parameters
+from safeopt.optim.protection import is_inert
 from safeopt.probe import SafetyProbe
 
 logger = logging.getLogger("safeopt")

@@ -252,7 +252,7 @@ def fit_onset(
 
     Raises:
         ValueError: if the lists do not fit, there is no start, a loss is not finite, or fewer than
-            three points rose.
+            three points at different steps rose.
     """
     if len(steps) != len(losses):
         raise ValueError(f"losses: {len(losses)} values for {len(steps)} steps")
@@ -271,10 +271,11 @@ def fit_onset(
         )
     later = t > 0
     risen = later & (loss > start)
-    if len(np.unique(t[risen])) < 3:
+    places = len(np.unique(t[risen]))
+    if places < 3:
         raise ValueError(
             f"losses: only {int(risen.sum())} of {int(later.sum())} measurements lie above the "
-            "start; a curve needs three"
+            f"start, at {places} different steps; a curve needs three"
         )
     x, y = np.log(t[risen]), np.log(loss[risen] - start)
     models = {name: _fit(name, x, y) for name in ("power", *_EXPONENTS, "saturating")}

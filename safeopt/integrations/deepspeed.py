@@ -29,13 +29,12 @@ from torch import Tensor
 from safeopt.distributed import Layout, Range, master_of, set_master
 from safeopt.integrations.versions import require
 from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.groups import check_groups, largest_learning_rate
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.protection import (
     OnRefreshError,
     all_finite,
-    check_groups,
     check_policy,
-    largest_learning_rate,
     not_finite,
     report,
 )
@@ -67,9 +66,9 @@ def protect(
         The engine's optimizer, now with the attribute ``safety`` (its `SafetyGeometry`) and the
         method ``restore()``; call that before ``engine.save_checkpoint``. The protection travels in
         the engine's checkpoints; where a second engine trains the same model on, with the same
-        ranks and groups, ``continue_from(safety)`` takes over the first one's. There is no
-        ``safety.coupling``: the engine clears the gradients in the step. ``engine.destroy()``
-        leaves an ordinary model, without the protection.
+        ranks and groups, ``continue_from(safety)`` takes over the first one's. Without
+        ``elastic`` there is no ``safety.coupling``: the engine clears the gradients in the step.
+        ``engine.destroy()`` leaves an ordinary model, without the protection.
 
     Raises:
         ImportError: if DeepSpeed is missing or too old.
@@ -171,10 +170,10 @@ class _Master:
         return self._flat.detach().narrow(0, self._first, self.range.length)
 
 
-def _gradient(p: Any) -> Tensor | None:
+def _gradient(p: Any) -> Tensor:
     """This rank's range of a parameter's gradient; a copy, for the engine's step clears it."""
     if p._hp_mapping is None:  # other ranks have all of it
-        return None
+        return torch.empty(0, dtype=torch.float32, device=p.device)
     found: Tensor = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
     return found.detach().flatten().to(torch.float32, copy=True)
 
@@ -218,14 +217,13 @@ class _Protection:
         except Exception as error:
             report(error, self._policy)
 
-    def _unscale(self, gradients: Sequence[Tensor | None], scale: float) -> None:
+    def _unscale(self, gradients: Sequence[Tensor], scale: float) -> None:
         """Divide them by the loss scale and clip them, in place, as the engine's step has done."""
         limit = self._zero.clip_grad
         if limit > 0:
             scale *= max(1.0, (float(self._zero._global_grad_norm) + 1e-6) / limit)
         for gradient in gradients:
-            if gradient is not None:
-                gradient.div_(scale)
+            gradient.div_(scale)
 
     def restore(self) -> Measurement:
         """See `ProjectedAdamW.restore`. All ranks call it."""

@@ -17,8 +17,14 @@ are gradients of the log-odds (`safeopt.curvature.window`), for that of the loss
 refusal is certain. V is the sum of the squared task gradients of all steps so far. r is the last
 step's share of the way so far, η_t / Σ_s η_s. So τ has no unit: an entry that is driven steadily
 comes as far as 1 / (1 + τf/v) of its way without the pull, whatever the learning rate, its schedule
-and the number of steps; one without any task gradient comes back in full. A pull that does not
-shrink with the rate would bring back the aligned model where a schedule ends.
+and the number of steps. A pull that does not shrink with the rate would bring back the aligned
+model where a schedule ends.
+
+The same holds for an entry that is driven now and then, such as a rare token's row of an embedding:
+v counts it by its part in all steps, as the mean of the task loss does, so that what safety asks of
+it weighs the more the rarer it is. At the end of that scale, what one early batch alone has moved
+comes back by the same share at every further step, for its v falls as r does; what weight decay
+alone moves has v = 0 and comes back at once. An entry without safety curvature is left alone.
 
 Source: the quadratic penalty is that of Kirkpatrick et al. 2017 (arXiv 1612.00796), the average of
 two models weighted with the Fisher diagonals of both that of Matena and Raffel 2021 (arXiv
@@ -29,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +46,26 @@ from safeopt.rows import GradientRows, row_dtype
 
 # Where neither the task nor safety has a gradient, nothing is pulled: not 0/0.
 _TINY = 1e-30
+
+
+class Pulled(NamedTuple):
+    """What a step comes to with the pull; nothing has been written yet.
+
+    Attributes:
+        pull: the pull.
+        params: θ + w ⊙ (θ₀ − θ), this process's part of each parameter, rounded to its own dtype:
+            what can be written.
+        task: V with the squares of the step's gradients.
+    """
+
+    pull: ElasticPull
+    params: list[Tensor]
+    task: list[Tensor]
+
+    def write(self, params: Sequence[Tensor]) -> None:
+        """Write them to the parameters and to the pull, in place."""
+        put_back((local(p) for p in params), self.params)
+        put_back((block[2] for block in self.pull.blocks), self.task)
 
 
 @dataclass(frozen=True)
@@ -70,12 +97,43 @@ class ElasticPull:
         return ElasticPull(blocks, _trace([block[1] for block in blocks], layout))
 
     @torch.no_grad()
-    def task_with(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """V with the squares of a step's task gradients; the one that is kept stays as it is.
+    def pulled(
+        self,
+        params: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        strength: float,
+        layout: Layout,
+    ) -> Pulled:
+        """Where the pull leads after a step; the parameters and V are left as they are.
 
         Args:
-            gradients: finite; of any dtype; None where a parameter has none.
+            params: the protected parameters after the base optimizer's step.
+            gradients: the task's in this step; finite; of any dtype; None where a parameter has
+                none.
+            strength: τr.
+            layout: of ``params``.
         """
+        parts = [local(p) for p in params]
+        here = [p.to(b.dtype) for p, b in zip(parts, self.blocks, strict=True)]
+        relative = strength / self.trace if self.trace else 0.0
+        pulls = torch._foreach_mul([block[1] for block in self.blocks], relative)
+        task = self._task_with(gradients)
+        counted, trace = task, _trace(task, layout)
+        if not trace:  # no task gradient is known: all entries count the same
+            counted = [torch.ones_like(v) for v in task]
+            trace = _trace(counted, layout)
+        totals = torch._foreach_div(counted, trace)
+        torch._foreach_add_(totals, pulls)
+        torch._foreach_clamp_min_(totals, _TINY)
+        torch._foreach_div_(pulls, totals)
+        moves = torch._foreach_sub([block[0] for block in self.blocks], here)
+        torch._foreach_mul_(moves, pulls)
+        torch._foreach_add_(moves, here)
+        rounded = [move.to(p.dtype) for move, p in zip(moves, parts, strict=True)]
+        return Pulled(self, rounded, task)
+
+    def _task_with(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """V with the squares of a step's task gradients."""
         task = []
         for block, gradient in zip(self.blocks, gradients, strict=True):
             if gradient is None:
@@ -85,42 +143,6 @@ class ElasticPull:
                 # A sum that overflows stays.
                 task.append(total.clamp_(max=torch.finfo(block.dtype).max))
         return task
-
-    def keep_task(self, task: Sequence[Tensor]) -> None:
-        """Make what `task_with` has found V, in place."""
-        put_back((block[2] for block in self.blocks), task)
-
-    @torch.no_grad()
-    def pulled(
-        self, params: Sequence[Tensor], task: list[Tensor], strength: float, layout: Layout
-    ) -> list[Tensor]:
-        """Where the parameters are to come, θ + w ⊙ (θ₀ − θ); they are left as they are.
-
-        Args:
-            params: the protected parameters after the base optimizer's step.
-            task: V, see `task_with`.
-            strength: τr.
-            layout: of ``params``.
-
-        Returns:
-            This process's part of each, rounded to its own dtype: what can be written.
-        """
-        parts = [local(p) for p in params]
-        here = [p.to(b.dtype) for p, b in zip(parts, self.blocks, strict=True)]
-        relative = strength / self.trace if self.trace else 0.0
-        pulls = torch._foreach_mul([block[1] for block in self.blocks], relative)
-        trace = _trace(task, layout)
-        if not trace:  # no task gradient is known: all entries count the same
-            task = [torch.ones_like(v) for v in task]
-            trace = _trace(task, layout)
-        totals = torch._foreach_div(task, trace)
-        torch._foreach_add_(totals, pulls)
-        torch._foreach_clamp_min_(totals, _TINY)
-        torch._foreach_div_(pulls, totals)
-        moves = torch._foreach_sub([block[0] for block in self.blocks], here)
-        torch._foreach_mul_(moves, pulls)
-        torch._foreach_add_(moves, here)
-        return [move.to(p.dtype) for move, p in zip(moves, parts, strict=True)]
 
 
 def _trace(diagonal: Sequence[Tensor], layout: Layout) -> float:

@@ -30,10 +30,8 @@ from torch import Tensor
 from safeopt.curvature.basis import coordinates_together
 from safeopt.curvature.subspace import SafetySubspace
 from safeopt.curvature.window import log_odds
-from safeopt.distributed import local
 from safeopt.optim.config import SafetyConfig
-from safeopt.optim.copies import put_back
-from safeopt.optim.elastic import ElasticPull
+from safeopt.optim.elastic import ElasticPull, Pulled
 from safeopt.optim.estimate import basis_kind, estimate, pulls, warn_without_pull
 from safeopt.optim.examples import ExampleRota, require_enough
 from safeopt.optim.interval import Interval
@@ -65,6 +63,7 @@ class SafetyGeometry:
     Attributes:
         subspace: the present estimate, None before the first step.
         spanned: the parameters that it was made for; empty before the first step.
+        shapes: those that they had then.
         pull: to the aligned model; None before the first step, and where there is none.
         reference: the alignment loss before fine-tuning, a mean over the trial examples and those
             of the first look; None before the first step.
@@ -91,6 +90,7 @@ class SafetyGeometry:
         self.rota = ExampleRota(probe, config.trial_examples, config.seed, _MOST_HELD)
         self.subspace: SafetySubspace | None = None
         self.spanned: list[Tensor] = []
+        self.shapes: list[torch.Size] = []
         self.pull: ElasticPull | None = None
         self.reference: float | None = None
         self.history: list[Measurement] = []
@@ -142,7 +142,7 @@ class SafetyGeometry:
             self.pull = ElasticPull.at(params)
         self._estimate(params, self._due(self.config.examples))
         assert self.subspace is not None
-        self.spanned = list(params)
+        self.span(params)
         window = self.subspace.window
         losses = torch.cat([trial, window.losses[window.safety].cpu()])
         tokens = self.probe.response_tokens(self.rota.trial)
@@ -151,6 +151,10 @@ class SafetyGeometry:
         # The goal of all is the firmest refusal: these few examples' mean depends on the draw,
         # and what comes back to less does not carry over to prompts outside of the probe.
         self._reference_odds = float(log_odds(losses, tokens).max())
+
+    def span(self, params: Sequence[Tensor]) -> None:
+        """Note which parameters the subspace is of."""
+        self.spanned, self.shapes = list(params), [p.shape for p in params]
 
     def after_step(
         self,
@@ -176,15 +180,13 @@ class SafetyGeometry:
         if self.subspace is None:
             return
         travelled = self._travelled + learning_rate
-        task: list[Tensor] = []
-        pulled: list[Tensor] | None = None
+        taken = [p.grad for p in params] if gradients is None else gradients
+        pulled: Pulled | None = None
         if self.pull is not None:
-            taken = [p.grad for p in params] if gradients is None else gradients
-            task = self.pull.task_with(taken)
             strength = self.config.elastic * learning_rate / travelled
-            pulled = self.pull.pulled(params, task, strength, self.probe.layout(params))
-        position, gradient = coordinates_together(
-            self.subspace.basis, pulled or params, [p.grad for p in params]
+            pulled = self.pull.pulled(params, taken, strength, self.probe.layout(params))
+        position, inside = coordinates_together(
+            self.subspace.basis, params if pulled is None else pulled.params, taken
         )
         if not bool(position.isfinite().all()):
             raise FloatingPointError(
@@ -192,17 +194,16 @@ class SafetyGeometry:
                 "are. Lower the learning rate, or train in float32 or bfloat16"
             )
         self.step_count += 1
-        if any(p.grad is not None for p in params):
-            self.observe_gradient(gradient, self.last_rate)
+        if any(g is not None for g in taken):
+            self.observe_gradient(inside, self.last_rate)
         else:  # the base optimizer has cleared them
             self.coupling = self._interval.last_gradient = None
         self.last_rate = learning_rate
         c = position - self.subspace.anchor
         self.update = c - self._interval.position
         self._travelled = travelled
-        if self.pull is not None and pulled is not None:
-            self.pull.keep_task(task)
-            put_back((local(p) for p in params), pulled)
+        if pulled is not None:
+            pulled.write(params)
         assert self.reference is not None
         surrogate = self.subspace.surrogate
         mapped = self._interval.mapped(c, surrogate, self.config, self.reference)

@@ -69,7 +69,8 @@ class HeldParameters:
         """
         written = 0
         for held in self._held:
-            if overwrite or held.param._version == held.version:
+            unwritten = overwrite or held.param._version == held.version
+            if unwritten and held.param.shape == held.copy.shape:  # else resized in between
                 held.param.copy_(held.copy)
             else:
                 written += 1

@@ -42,6 +42,14 @@ from safeopt.distributed import Layout, locals_of
 from safeopt.optim.elastic import ElasticPull
 from safeopt.optim.estimate import basis_kind, pulls
 from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.groups import (
+    check_groups,
+    largest_learning_rate,
+    loaded_parameters,
+    protected_parameters,
+    spanned_parameters,
+    trained_parameters,
+)
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.portable import hide, hide_basis, hide_pull, in_process_group, reveal, stripped
 from safeopt.optim.schedule_free import at_average, is_schedule_free
@@ -49,65 +57,6 @@ from safeopt.optim.state import check_state, in_saved_order, load_state, pack_st
 
 OnRefreshError = Literal["raise", "warn"]
 _KEY = "safety"
-
-
-def protected_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Parameters of all groups that are trained and not exempted by ``protect=False``.
-
-    Raises:
-        ValueError: if none is left.
-    """
-    params = trained_parameters(optimizer)
-    if not params:
-        raise ValueError("params: no parameter is left to protect; all are frozen or protect=False")
-    return params
-
-
-def trained_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """The `protected_parameters`, of which none may be left: a model is frozen to be saved.
-
-    Each once: torch only warns of a group that names one twice, as of tied weights, and a step back
-    would be taken twice.
-    """
-    named = (
-        p
-        for group in optimizer.param_groups
-        if group.get("protect", True)
-        for p in group["params"]
-        if p.requires_grad
-    )
-    return list(dict.fromkeys(named))
-
-
-def spanned_parameters(optimizer: Optimizer, geometry: SafetyGeometry) -> list[Tensor]:
-    """The `protected_parameters`: those of the subspace, in its order, if there is one.
-
-    Raises:
-        ValueError: if none is left, or some were added or frozen since the first estimate.
-    """
-    params = protected_parameters(optimizer)
-    known, given = ({id(p) for p in x} for x in (geometry.spanned, params))
-    if geometry.subspace is not None and known != given:
-        raise ValueError(
-            f"params: {len(given - known)} protected parameters were added and "
-            f"{len(known - given)} removed or frozen since the safety subspace was first "
-            "estimated, and what the aligned model's loss does along new ones is not known. "
-            "Add groups with protect=False, or give the optimizer all protected parameters, "
-            "trainable, before its first step"
-        )
-    return params if geometry.subspace is None else geometry.spanned
-
-
-def loaded_parameters(optimizer: Optimizer, geometry: SafetyGeometry) -> list[Tensor]:
-    """The parameters that a state is loaded for, of which none may be left.
-
-    Those of the subspace, where the optimizer still has them: some may be frozen by now.
-    """
-    groups = [group for group in optimizer.param_groups if group.get("protect", True)]
-    here = {id(p) for group in groups for p in group["params"]}
-    if geometry.spanned and all(id(p) in here for p in geometry.spanned):
-        return geometry.spanned
-    return trained_parameters(optimizer)
 
 
 def is_inert(
@@ -130,35 +79,11 @@ def is_inert(
 def overwrites_gradients(optimizer: Optimizer) -> bool:
     """Whether its step computes inside of the gradients: afterwards they are those no more.
 
-    Schedule-free optimizers divide them in place, torch's SGD adds Nesterov's momentum to them.
+    Schedule-free optimizers divide them in place, torch's SGD adds Nesterov's momentum to them. Of
+    these, and none else, the gradients are copied for as long as the step takes.
     """
     nesterov = any(group.get("nesterov") for group in optimizer.param_groups)
     return nesterov or is_schedule_free(optimizer)
-
-
-def largest_learning_rate(optimizer: Optimizer) -> float:
-    """The largest learning rate of the protected groups.
-
-    Raises:
-        ValueError: if a group has none.
-    """
-    groups = [group for group in optimizer.param_groups if group.get("protect", True)]
-    return max(float(_learning_rate(group)) for group in groups)
-
-
-def _learning_rate(group: Mapping[str, Any]) -> float | Tensor:
-    """A group's learning rate, as it is kept.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    rate: float | Tensor | None = group.get("lr")
-    if rate is None:
-        raise ValueError(
-            "lr=None: the learning rate has to be known, and this optimizer picks its own; give lr "
-            "a number (Adafactor of transformers: with relative_step=False), or use protect=False"
-        )
-    return rate
 
 
 def attach(
@@ -231,6 +156,7 @@ class _Protection:
         self._policy = on_refresh_error
         self._protects = False  # whether the present step is protected
         self._gradients: list[Tensor | None] | None = None  # its own, where it overwrites them
+        self._rate = 0.0  # its learning rate; a hook may take a scheduler's step before `after`
         self._checked: Mapping[str, Any] = {}  # a state between the two hooks of loading
 
     @_disable_dynamo
@@ -254,8 +180,8 @@ class _Protection:
             return None
 
         def evaluate() -> Any:
+            self._protects, self._gradients = False, None  # no copy beside a backward pass
             loss = closure()
-            self._protects = False
             if self._accepts(params):
                 self._begins(optimizer, params)
             return loss
@@ -274,8 +200,7 @@ class _Protection:
         gradients, self._gradients = self._gradients, None
         try:
             with at_average(optimizer, params, self._geometry) as follow:
-                rate = largest_learning_rate(optimizer)
-                self._geometry.after_step(params, rate, moved=follow, gradients=gradients)
+                self._geometry.after_step(params, self._rate, moved=follow, gradients=gradients)
         except Exception as error:
             report(error, self._policy)
 
@@ -328,9 +253,10 @@ class _Protection:
         return in_saved_order(params, state, self._geometry.probe.model)
 
     def _begins(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
-        """Note of a step's gradients whether there are any, and what they are if need be."""
+        """Note a step's rate and whether it has gradients; what they are, too, if need be."""
+        self._rate = largest_learning_rate(optimizer)
         self._protects = any(p.grad is not None for p in params)
-        if self._protects and self._geometry.pull is not None and overwrites_gradients(optimizer):
+        if self._protects and overwrites_gradients(optimizer):
             found = locals_of([p.grad for p in params])
             self._gradients = [None if g is None else g.detach().clone() for g in found]
 
@@ -403,25 +329,6 @@ def report(error: Exception, policy: OnRefreshError) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def check_groups(optimizer: Optimizer) -> None:
-    """Refuse protected groups with options or parameters that cannot be protected."""
-    for group in optimizer.param_groups:
-        if not group.get("protect", True):
-            continue
-        _learning_rate(group)
-        for name in ("capturable", "differentiable"):
-            if group.get(name):
-                raise ValueError(
-                    f"{name}=True: a protected step reads k numbers on the host and cannot be "
-                    "captured or differentiated; leave it False, or use protect=False"
-                )
-        trained = [p for p in group["params"] if p.requires_grad]
-        if any(p.is_complex() or p.layout != torch.strided for p in trained):
-            raise TypeError(
-                "params: complex and sparse parameters cannot be protected; use protect=False"
-            )
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

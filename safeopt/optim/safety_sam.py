@@ -36,15 +36,11 @@ from safeopt.curvature.bases import Storage
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.optim.ascent import Ascent, SubspaceAscent, is_finite
 from safeopt.optim.config import Curvature, Mode, SafetyConfig, one_of
+from safeopt.optim.groups import largest_learning_rate, spanned_parameters
 from safeopt.optim.holding import HeldParameters
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.portable import hide
-from safeopt.optim.protection import (
-    OnRefreshError,
-    largest_learning_rate,
-    restore,
-    spanned_parameters,
-)
+from safeopt.optim.protection import OnRefreshError, restore
 from safeopt.optim.safeguard import safeguard
 from safeopt.optim.schedule_free import is_schedule_free
 from safeopt.optim.wrapper import OptimizerWrapper, base_of

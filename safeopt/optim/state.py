@@ -345,7 +345,7 @@ def load_state(
     for name, value in state["passes"].items():
         setattr(geometry.passes, name, value)
     geometry.resume(state, subspace, vectors)
-    geometry.spanned = list(params) if subspace is not None else []
+    geometry.span(params if subspace is not None else [])
     geometry.pull = None
     if subspace is not None and pulls(geometry.config, subspace.basis.kind):
         blocks = [

@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.groups import loaded_parameters
 from safeopt.optim.portable import reveal
-from safeopt.optim.protection import loaded_parameters
 
 
 class OptimizerWrapper(Optimizer):

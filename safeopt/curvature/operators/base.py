@@ -21,6 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from safeopt.batches import require_size
 from safeopt.curvature.density import hutch_pp
 from safeopt.curvature.operators.objective import Loss, Objective, equal_data, micro_batches
 from safeopt.isolation import untouched
@@ -108,8 +109,7 @@ class CurvatureOperator(ABC, Generic[PartT]):
                 f"batches={type(batches).__name__}: can be read only once, and every block of "
                 "products reads the data; give a list or a data loader"
             )
-        if micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={micro_batch_size}: at least one example a pass")
+        require_size("micro_batch_size", micro_batch_size)
         if keep < 0:
             raise ValueError(f"keep={keep}: a number of micro-batches, at least 0")
         self.model = model
