@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import safeopt.cli
 from safeopt.cli import main
+from safeopt.cli.console import readable_errors
 
 
 def forget_the_commands(monkeypatch):
@@ -47,6 +49,13 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug(monkeypatch):
     monkeypatch.setitem(sys.modules, "safeopt.plan", None)
     with pytest.raises(ModuleNotFoundError, match=r"safeopt\.plan"):
         main()
+
+
+def test_ctrl_c_is_no_silence(capsys):
+    with pytest.raises(typer.Exit) as ended, readable_errors():
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 130
+    assert capsys.readouterr().err == "stopped: at once, by Ctrl-C\n"
 
 
 def test_help_has_no_notes_of_other_libraries():

@@ -24,9 +24,11 @@ def say(text: str) -> None:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """What the user can mend is one sentence, not a traceback."""
+    """What the user can mend is one sentence, not a traceback; Ctrl-C is one, not silence."""
     try:
         yield
+    except KeyboardInterrupt:
+        end("stopped", "at once, by Ctrl-C", status=130)
     except (ValueError, OSError, FloatingPointError) as error:
         end("error", str(error), status=2)
     except torch.cuda.OutOfMemoryError as error:

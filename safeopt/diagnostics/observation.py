@@ -22,7 +22,7 @@ from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.groups import largest_learning_rate, protected_parameters
-from safeopt.optim.protection import is_inert
+from safeopt.optim.protection import copied_gradients, is_inert, overwrites_gradients
 from safeopt.probe import SafetyProbe
 
 logger = logging.getLogger("safeopt")
@@ -81,6 +81,8 @@ class Observation:
         self._params: list[Tensor] = []
         self._spanned: list[Tensor] = []  # the parameters of a subspace of its own
         self._moving = False  # whether the present step moves parameters
+        self._rate = 0.0  # its learning rate; a hook may take a scheduler's step before `_after`
+        self._gradients: list[Tensor | None] | None = None  # its own, where it overwrites them
         self._subspace: SafetySubspace | None = None  # before the present step
         self._copies: list[Tensor] | None = None  # of the parameters, likewise
         self._marked: tuple[SafetySubspace | None, float] = (None, 0.0)
@@ -141,6 +143,11 @@ class Observation:
                 # Some were frozen or added meanwhile: the next subspace is that of these.
                 self.geometry.subspace, self._spanned = None, params
             self.geometry.before_step(params)
+            self._rate = largest_learning_rate(optimizer)
+            if overwrites_gradients(optimizer):
+                # A closure makes them inside of the step: none are known then.
+                known = closure is None
+                self._gradients = copied_gradients(params) if known else [None] * len(params)
         if not self._started:
             self._started = True
             self._on_start()
@@ -150,12 +157,13 @@ class Observation:
 
     @_disable_dynamo
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        gradients, self._gradients = self._gradients, None
         if not self._moving or all(p.grad is None for p in self._params):
             return
         self.steps += 1
         try:
             if self._own:
-                self.geometry.after_step(self._params, largest_learning_rate(optimizer))
+                self.geometry.after_step(self._params, self._rate, gradients=gradients)
             self._compare()
         except Exception as error:  # who only watches stops nobody: a look at the loss will tell
             logger.warning("the safety subspace cannot be estimated (%s)", error)

@@ -167,7 +167,7 @@ class SafetyGeometry:
 
         Args:
             params: the protected parameters; changed in place.
-            learning_rate: the step's learning rate, for the next step's coupling.
+            learning_rate: the step's, for the pull and for the next step's coupling.
             moved: called after they were mapped, and once more after a refresh; by all ranks, and
                 not where something raises.
             gradients: the step's, where the base optimizer has cleared or overwritten those of

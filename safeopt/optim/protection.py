@@ -80,10 +80,18 @@ def overwrites_gradients(optimizer: Optimizer) -> bool:
     """Whether its step computes inside of the gradients: afterwards they are those no more.
 
     Schedule-free optimizers divide them in place, torch's SGD adds Nesterov's momentum to them. Of
-    these, and none else, the gradients are copied for as long as the step takes.
+    these, and none else, the gradients are copied for as long as the step takes. A fused step adds
+    nothing; under a `GradScaler` it divides them by the loss scale itself, and a copy would not be.
     """
-    nesterov = any(group.get("nesterov") for group in optimizer.param_groups)
+    groups = optimizer.param_groups
+    nesterov = any(group.get("nesterov") and not group.get("fused") for group in groups)
     return nesterov or is_schedule_free(optimizer)
+
+
+def copied_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """This process's part of each gradient, copied; None where there is none."""
+    found = locals_of([p.grad for p in params])
+    return [None if g is None else g.detach().clone() for g in found]
 
 
 def attach(
@@ -134,7 +142,7 @@ def restore(optimizer: Optimizer, geometry: SafetyGeometry) -> Measurement:
     which Lightning validates and then saves.
 
     Raises:
-        ValueError: if protected parameters were added or frozen since the first estimate.
+        ValueError: if protected parameters were added, frozen or resized since the first estimate.
     """
     params = spanned_parameters(optimizer, geometry)
     with torch.inference_mode(False), at_average(optimizer, params, geometry) as follow:
@@ -257,8 +265,7 @@ class _Protection:
         self._rate = largest_learning_rate(optimizer)
         self._protects = any(p.grad is not None for p in params)
         if self._protects and overwrites_gradients(optimizer):
-            found = locals_of([p.grad for p in params])
-            self._gradients = [None if g is None else g.detach().clone() for g in found]
+            self._gradients = copied_gradients(params)
 
     def _accepts(self, params: Sequence[Tensor]) -> bool:
         """Whether the step with these gradients can be protected.
