@@ -88,7 +88,7 @@ class Standings:
 
     @property
     def unequal(self) -> str:
-        """Who was given harmless prompts, in a sentence; empty if all were given the same."""
+        """Who was given harmless prompts, in a sentence; empty if nobody was."""
         given = [row.method.replace("_", " ") for row in self.rows if row.harmless]
         if not given:
             return ""

@@ -235,7 +235,8 @@ def safety_batches(
         ValueError: if the lists differ in length, one of the texts is empty or none, ``batch_size``
             is out of range, or the tokenizer has no chat template.
     """
-    for name, texts in (("prompts", prompts), ("responses", responses)):
+    given = {"prompts": prompts, "responses": responses}
+    for name, texts in given.items():
         if isinstance(texts, str):
             raise TypeError(f"{name}={texts!r}: expected a list of texts, not one text")
     if len(prompts) != len(responses):
@@ -243,7 +244,7 @@ def safety_batches(
     require_size("batch_size", batch_size)
     asked, said = (
         [_checked(text, f"{name}[{place}]") for place, text in enumerate(texts)]
-        for name, texts in (("prompts", prompts), ("responses", responses))
+        for name, texts in given.items()
     )
     rows = [
         encode(tokenizer, ChatExample(({"role": "user", "content": prompt},)).answered(response))

@@ -29,7 +29,7 @@ def without_compiling(tasks: list[tuple[Callable[..., Any], ...]]) -> list[Any]:
     """`in_turn`, without a collective that DeepSpeed would compile first."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return in_turn(tasks)
 
 
@@ -241,6 +241,20 @@ def skipped_batch() -> dict[str, Any]:
         found["error"] = f"{type(error).__name__}: {error}"
     train(engine, 1, 3)
     return {**found, **consistent(engine), "steps": optimizer.safety.step_count}
+
+
+def hooked() -> float | None:
+    """The rate of a step after which a hook of the base optimizer has set another one."""
+    engine, optimizer = started(2)
+
+    def lower(base: torch.optim.Optimizer, *args: Any) -> None:
+        for group in base.param_groups:
+            group["lr"] /= 2
+
+    optimizer.optimizer.register_step_post_hook(lower)
+    train(engine, 0, 1)
+    rate: float | None = optimizer.safety.last_rate
+    return rate
 
 
 def offloaded() -> dict[str, Any]:

@@ -20,7 +20,7 @@ RUNS = {
     "zero2 lora": (work.run, 2, True),
 }
 TASKS = {
-    1: {"zero2": RUNS["zero2"]},
+    1: {"zero2": RUNS["zero2"], "hooked": (work.hooked,)},
     2: {
         **RUNS,
         "save": (work.save, 2, work.MIDDLE),
@@ -100,6 +100,11 @@ def test_the_gradients_that_the_pull_keeps_have_a_coupling(results, one, ranks):
     for mine in results[ranks]["zero2"]:
         assert mine["coupling"] == pytest.approx(one["zero2"]["coupling"], rel=1e-3)
     assert all(mine["coupling"] is None for mine in results[ranks]["zero2 lora"])
+
+
+@pytest.mark.slow
+def test_the_rate_is_that_of_the_step(results):
+    assert results[1]["hooked"] == (work.RATE,)
 
 
 @pytest.mark.slow

@@ -7,11 +7,15 @@ import copy
 import logging
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from optimizer_table import OVERWRITING
+from quadratic import Quadratic, dense_basis
+from quadratic import probe_of as quadratic_probe
 from test_restore import HARMFUL, HARMLESS, NEW_ANSWER, REFUSAL, aligned, chats, load  # noqa: F401
 from tiny_models import safety_batch, task_step, tiny_llama, trainable, with_lora
 from torch.optim import lr_scheduler
@@ -197,6 +201,44 @@ def test_figures_equal_their_definitions(protected):
                 previous = inside_before
     assert previous is not None, "the subspace was refreshed once"
     assert outside(previous, previous) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("base", OVERWRITING)
+def test_the_coupling_is_that_of_the_steps_own_gradients_and_rate(base, with_closure):
+    """Not of what the optimizer leaves in the gradients, nor of the rate that a hook sets next."""
+    generator = torch.Generator().manual_seed(1)
+    slope, *directions = torch.randn(7, 12, generator=generator).double()
+    model = Quadratic(torch.linspace(0.5, 3, 12).double().diag(), slope)
+    optimizer = OVERWRITING[base](model.parameters(), lr=0.02)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.register_step_post_hook(lambda *args: scheduler.step())
+    observation = Observation(
+        optimizer, quadratic_probe(model, torch.stack(directions)),
+        examples=1, every=100, seed=0, on_start=lambda: None,
+    )  # fmt: skip
+    geometry, compared = observation.geometry, 0
+    if base == "schedule-free":
+        optimizer.train()
+    before = None  # the subspace and what the last step had there
+    for step in range(4):
+        gradient, subspace = model.task_gradient(model.moved), geometry.subspace
+        if with_closure:
+            optimizer.step(lambda: model.closure(optimizer))
+        else:
+            model.closure(optimizer)
+            optimizer.step()
+        if subspace is not geometry.subspace:  # the next step is the first on a new one
+            before = None
+            continue
+        inside = dense_basis(SimpleNamespace(safety=geometry)).T @ gradient
+        if before is not None:
+            change = (inside - before) / (0.02 * 0.5 ** (step - 1))
+            expected = float((geometry.subspace.eigenvalues.sqrt() * change).norm())
+            assert geometry.coupling == pytest.approx(expected, rel=1e-6)
+            compared += 1
+        before = inside
+    assert compared
 
 
 def test_the_prediction_follows_the_loss():

@@ -67,7 +67,6 @@ def test_a_result_is_measured_and_written(tmp_path, monkeypatch):
     assert set(TARGETS) == set(result["targets"]) < set(result)
     assert all(result[name] > 0 for name in ("elastic_optimizer_step_ratio", *TARGETS))
     assert "ProjectedAdamW, elastic" in result["optimizer_step_milliseconds"]
-    assert all(result[name] > 0 for name in TARGETS)
     assert all(result["cpu_time"][name] > 0 for name in TARGETS)
     assert result["rank"]["optimizer_step"] == 32
     assert 25 <= result["rank"]["training_step"] <= 32

@@ -237,6 +237,32 @@ def test_the_coupling_is_that_of_the_tasks_own_gradients(base, elastic):
             assert optimizer.safety.coupling == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_fused_steps_gradients_count_without_the_loss_scale(nesterov):
+    """A gradient scaler leaves it to the step to divide them, which does it in place."""
+    found = []
+    for scale in (None, 64.0):
+        generator = torch.Generator().manual_seed(1)
+        slope, *directions = torch.randn(7, 12, generator=generator).double()
+        model = Quadratic(torch.linspace(0.5, 3, 12).double().diag(), slope)
+        optimizer = safeguard(
+            torch.optim.SGD(
+                model.parameters(), lr=0.02, momentum=0.9, nesterov=nesterov, fused=True
+            ),
+            quadratic_probe(model, torch.stack(directions)),
+            rank=4, trial_examples=1, elastic=1.0, refresh=NEVER,
+        )  # fmt: skip
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model.task()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        squares = [block[2].sum() for block in optimizer.safety.pull.blocks]
+        found.append([optimizer.safety.coupling, *map(float, squares)])
+    assert found[1] == pytest.approx(found[0], rel=1e-12)
+
+
 def test_safeguard_changes_the_optimizer_it_is_given():
     model = tiny_llama(layers=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -22,7 +22,13 @@ from safeopt.curvature.subspace import SafetySubspace
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import SafetyGeometry
 from safeopt.optim.groups import largest_learning_rate, protected_parameters
-from safeopt.optim.protection import copied_gradients, is_inert, overwrites_gradients
+from safeopt.optim.protection import (
+    closure_of,
+    copied_gradients,
+    is_inert,
+    overwrites_gradients,
+    with_closure,
+)
 from safeopt.probe import SafetyProbe
 
 logger = logging.getLogger("safeopt")
@@ -131,12 +137,14 @@ class Observation:
             )
 
     @_disable_dynamo
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         params = protected_parameters(optimizer)
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
+        closure = closure_of(args, kwargs)
         self._moving = not is_inert(optimizer, params, closure)
         if not self._moving:
-            return
+            return None
         self._params = params
         if self._own:
             if [*map(id, params)] != [*map(id, self._spanned)]:
@@ -144,16 +152,24 @@ class Observation:
                 self.geometry.subspace, self._spanned = None, params
             self.geometry.before_step(params)
             self._rate = largest_learning_rate(optimizer)
-            if overwrites_gradients(optimizer):
-                # A closure makes them inside of the step: none are known then.
-                known = closure is None
-                self._gradients = copied_gradients(params) if known else [None] * len(params)
         if not self._started:
             self._started = True
             self._on_start()
         self._subspace = self.geometry.subspace
         if (self.steps + 1) % self._every == 0:
             self._copies = [p.detach().clone() for p in params]
+        if not self._own or not overwrites_gradients(optimizer):
+            return None
+        if closure is None:
+            self._gradients = copied_gradients(params)
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._gradients = copied_gradients(params)
+            return loss
+
+        return with_closure(args, kwargs, evaluate)
 
     @_disable_dynamo
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

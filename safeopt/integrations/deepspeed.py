@@ -200,7 +200,8 @@ class _Protection:
 
     def step(self, closure: None = None) -> None:
         """The engine's step, then the map and, where it is time, a refresh."""
-        moves = largest_learning_rate(self._zero) > 0 and self._accepts()
+        rate = largest_learning_rate(self._zero)  # a hook of the step may set the next one
+        moves = rate > 0 and self._accepts()
         if moves:
             self._geometry.before_step(self._params)
         pulls = moves and self._geometry.pull is not None
@@ -211,7 +212,6 @@ class _Protection:
             return
         if gradients is not None:
             self._unscale(gradients, scale)
-        rate = largest_learning_rate(self._zero)
         try:
             self._geometry.after_step(self._params, rate, gradients=gradients)
         except Exception as error:

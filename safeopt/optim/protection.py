@@ -76,6 +76,21 @@ def is_inert(
     )
 
 
+def closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
+    """What was passed to ``step``, by a step hook's arguments; the first is the optimizer."""
+    closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+    return closure
+
+
+def with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A step hook's arguments with this one in the place of what `closure_of` returns."""
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}
+
+
 def overwrites_gradients(optimizer: Optimizer) -> bool:
     """Whether its step computes inside of the gradients: afterwards they are those no more.
 
@@ -175,7 +190,7 @@ class _Protection:
         self._protects, self._gradients = False, None
         check_groups(optimizer)
         params = protected_parameters(optimizer)
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0]: the optimizer
+        closure = closure_of(args, kwargs)
         if is_inert(optimizer, params, closure):
             return None
         params = spanned_parameters(optimizer, self._geometry)
@@ -194,9 +209,7 @@ class _Protection:
                 self._begins(optimizer, params)
             return loss
 
-        if len(args) > 1:
-            return (args[0], evaluate, *args[2:]), kwargs
-        return args, {**kwargs, "closure": evaluate}
+        return with_closure(args, kwargs, evaluate)
 
     @_disable_dynamo
     def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
