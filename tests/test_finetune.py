@@ -144,6 +144,13 @@ def test_a_model_that_does_not_refuse_is_an_error(files, tmp_path):
     assert not (tmp_path / "out").exists(), "nothing half-written"
 
 
+def test_the_pull_reaches_the_optimizer(files, tmp_path):
+    pulled = prepare(config(files, tmp_path / "pulled", elastic=0.5))
+    assert pulled.optimizer.safety.config.elastic == 0.5
+    plain = prepare(config(files, tmp_path / "plain"))
+    assert plain.optimizer.safety.config.elastic == 0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

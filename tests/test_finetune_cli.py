@@ -422,6 +422,8 @@ def test_too_little_memory_is_one_sentence(files, tmp_path, monkeypatch):
         (("--epochs", "inf"), "epochs=inf"),
         (("--learning-rate", "inf"), "learning_rate=inf"),
         (("--weight-decay", "inf"), "weight_decay=inf"),
+        (("--elastic", "-1"), "elastic=-1"),
+        (("--elastic", "inf"), "elastic=inf"),
         (("--seed", "-1"), "seed=-1"),
         (("--full", "--lora-rank", "4"), "full, lora_rank=4: all parameters or an adapter"),
         (("--full", "--lora-alpha", "8"), "full, lora_alpha=8: all parameters or an adapter"),

@@ -63,6 +63,9 @@ def finetune(
     budget: Annotated[
         float, typer.Option(help="Accepted rise of the alignment loss, nats a token.")
     ] = _DEFAULTS.budget,
+    elastic: Annotated[
+        float, typer.Option(help="Strength of the pull to the aligned model, such as 0.5.")
+    ] = _DEFAULTS.elastic,
     save_steps: Annotated[
         int, typer.Option(help="Steps between checkpoints.")
     ] = _DEFAULTS.save_steps,

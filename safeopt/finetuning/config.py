@@ -28,6 +28,7 @@ class FinetuneConfig(InputConfig):
         gradient_accumulation: passes for one step.
         rank: directions of the safety subspace.
         budget: accepted rise of the alignment loss, in nats a token.
+        elastic: strength of the pull to the aligned model, see `safeopt.optim.elastic`; 0 for none.
         save_steps: steps between two checkpoints.
         logging_steps: steps between two lines of the log.
         resume: continue from the last checkpoint in ``out``.
@@ -47,6 +48,7 @@ class FinetuneConfig(InputConfig):
     gradient_accumulation: int = 1
     rank: int = SafetyConfig.rank
     budget: float = SafetyConfig.budget
+    elastic: float = SafetyConfig.elastic
     save_steps: int = 100
     logging_steps: int = 1
     resume: bool = False
@@ -65,7 +67,7 @@ class FinetuneConfig(InputConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("warmup_steps", "weight_decay", "budget"):
+        for name in ("warmup_steps", "weight_decay", "budget", "elastic"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
         for name in ("learning_rate", "epochs"):
@@ -73,8 +75,9 @@ class FinetuneConfig(InputConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)}: expected a positive, finite number"
                 )
-        if self.weight_decay == math.inf:
-            raise ValueError(f"weight_decay={self.weight_decay}: expected a finite number")
+        for name in ("weight_decay", "elastic"):
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a finite number")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps={self.max_steps}: expected at least 1, or -1 for epochs")
         if self.resume and self.overwrite:

@@ -172,5 +172,6 @@ def _optimizer(model: Any, probe: SafetyProbe, config: FinetuneConfig) -> torch.
         return torch.optim.AdamW(params, **choices)
     cls: Any = optimizers()[config.optimizer].cls
     return cls(
-        params, **choices, probe=probe, rank=config.rank, budget=config.budget, seed=config.seed
-    )
+        params, **choices, probe=probe, rank=config.rank, budget=config.budget,
+        elastic=config.elastic, seed=config.seed,
+    )  # fmt: skip
