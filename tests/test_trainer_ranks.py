@@ -9,7 +9,8 @@ from accelerate_runs import HAS_FSDP2
 from deepspeed_runs import without_compiling
 from processes import run_ranks
 
-pytestmark = pytest.mark.slow
+# One group: otherwise both workers make the results that all tests here share.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trainer_ranks")]
 
 CASES = [("ddp", kind) for kind in work.KINDS]
 CASES += [("fsdp2", kind) for kind in ("safeguard", "lookahead") if HAS_FSDP2]
