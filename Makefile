@@ -28,7 +28,7 @@ demo-tiny: $(READY) ## the same on a small transformer trained from scratch, wit
 	$(BIN)/python -m benchmarks demo --tiny --out out/demo-tiny
 
 test: $(READY) ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(READY) ## ruff (style, docstrings) and mypy (strict)
 	$(BIN)/ruff check .

@@ -9,8 +9,7 @@ from accelerate_runs import HAS_FSDP2
 from deepspeed_runs import without_compiling
 from processes import run_ranks
 
-# One group: otherwise both workers make the results that all tests here share.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trainer_ranks")]
+pytestmark = pytest.mark.slow
 
 CASES = [("ddp", kind) for kind in work.KINDS]
 CASES += [("fsdp2", kind) for kind in ("safeguard", "lookahead") if HAS_FSDP2]
