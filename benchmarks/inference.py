@@ -13,28 +13,12 @@ from torch import Tensor, nn
 
 from safeopt.batches import by_length
 from safeopt.data import collate
-from safeopt.losses import IGNORE, response_log_probs
+from safeopt.losses import IGNORE, response_log_probs, token_nll
 from safeopt.prefix import share_prefix
 
 # One encoded example as `safeopt.data.encode` makes it: ``input_ids``, and ``labels`` that are
 # ``IGNORE`` outside the response.
 Row = dict[str, list[int]]
-
-
-def token_nll(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each response token.
-
-    Args:
-        log_probs: of all tokens at each place, ``(m, T, vocabulary)``, as
-            `safeopt.losses.response_log_probs` gives them.
-        targets: the tokens that stand there, ``(m, T)``; ``IGNORE`` outside the response.
-
-    Returns:
-        Nats, differentiable, zero outside the response; and where the response is. Both ``(m, T)``.
-    """
-    mask = targets != IGNORE
-    nll = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return nll * mask, mask
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from benchmarks import tiny
 from benchmarks.config import ConfigError, RunConfig, TaskConfig
 from benchmarks.data import datasets, hub
-from benchmarks.inference import Row, token_nll
+from benchmarks.inference import Row
 from safeopt.data import ChatExample, collate, encode
-from safeopt.losses import IGNORE, response_log_probs
+from safeopt.losses import IGNORE, response_log_probs, token_nll
 
 REFUSAL = tiny.REFUSAL
 PROMPT_LENGTH = 512

@@ -46,10 +46,23 @@ def refusal_nll(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: if no label counts, or there is padding and the model `reads_padding`.
     """
-    log_probs, targets = response_log_probs(model, batch)
+    return mean_over_tokens(*token_nll(*response_log_probs(model, batch)))
+
+
+def token_nll(log_probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each response token.
+
+    Args:
+        log_probs: of all tokens at each place, ``(m, T, vocabulary)``, as
+            `response_log_probs` gives them.
+        targets: the tokens that stand there, ``(m, T)``; ``IGNORE`` outside the response.
+
+    Returns:
+        Nats, differentiable, zero outside the response; and where the response is. Both ``(m, T)``.
+    """
     mask = targets != IGNORE
-    token_nll = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return mean_over_tokens(token_nll, mask)
+    nll = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return nll * mask, mask
 
 
 class ReferenceKL:

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.inference import token_nll
 from benchmarks.methods.adamw import AdamW
 from benchmarks.methods.base import Setup, TaskLoss, holding, snapshot
-from safeopt.losses import response_log_probs
+from safeopt.losses import response_log_probs, token_nll
 
 
 class ConstrainedSFTOptions(BaseModel):

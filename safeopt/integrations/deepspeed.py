@@ -29,7 +29,7 @@ from torch import Tensor
 from safeopt.distributed import Layout, Range, master_of, set_master
 from safeopt.integrations.versions import require
 from safeopt.optim.geometry import SafetyGeometry
-from safeopt.optim.groups import check_groups, largest_learning_rate
+from safeopt.optim.groups import check_groups, is_protected, largest_learning_rate
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.protection import (
     OnRefreshError,
@@ -85,7 +85,7 @@ def protect(
     zero = _optimizer_of(engine)
     geometry = SafetyGeometry(probe, config_of(options))
     check_groups(zero)
-    groups = [i for i, group in enumerate(zero.param_groups) if group.get("protect", True)]
+    groups = [i for i, group in enumerate(zero.param_groups) if is_protected(group)]
     params = [p for i in groups for p in zero.bit16_groups[i]]
     if not params:
         raise ValueError("engine: no parameter is left to protect; all groups have protect=False")

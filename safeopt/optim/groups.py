@@ -12,9 +12,14 @@ from torch.optim import Optimizer
 from safeopt.optim.geometry import SafetyGeometry
 
 
+def is_protected(group: Mapping[str, Any]) -> bool:
+    """Whether a group is not exempted by ``protect=False``."""
+    return bool(group.get("protect", True))
+
+
 def protected_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The groups that are not exempted by ``protect=False``."""
-    return [group for group in optimizer.param_groups if group.get("protect", True)]
+    return [group for group in optimizer.param_groups if is_protected(group)]
 
 
 def protected_parameters(optimizer: Optimizer) -> list[Tensor]:

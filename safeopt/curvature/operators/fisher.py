@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from safeopt.curvature.operators.base import CurvatureOperator, ParameterFilter
 from safeopt.curvature.operators.objective import Loss, row_count
-from safeopt.losses import IGNORE, Batch, response_log_probs, trimmed
+from safeopt.losses import IGNORE, Batch, response_log_probs, token_nll, trimmed
 from safeopt.per_example import PerExampleGradients, per_example_gradients
 from safeopt.rows import inner_products, mixed, row_dtype
 
@@ -174,5 +174,5 @@ class FisherOperator(CurvatureOperator[_Rows]):
         """Σ_t √w_it NLL_it of each example."""
         log_probs, targets = response_log_probs(model, batch)
         weights = self.objective.token_weights(targets).sqrt().to(log_probs.dtype)
-        picked = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return -(picked * weights).sum(-1)
+        nll, _ = token_nll(log_probs, targets)
+        return (nll * weights).sum(-1)

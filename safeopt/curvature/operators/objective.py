@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.batches import by_length
-from safeopt.losses import IGNORE, Batch, ReferenceKL, refusal_nll, response_log_probs
+from safeopt.losses import (
+    IGNORE,
+    Batch,
+    ReferenceKL,
+    refusal_nll,
+    response_log_probs,
+    token_nll,
+)
 
 Loss = Literal["nll", "causal_lm"] | Callable[[nn.Module, Any], Tensor]
 
@@ -60,10 +67,8 @@ class Objective:
         """Return ℓ_i of each example, shape ``(m,)``, or one number for the batch, shape ``()``."""
         if callable(self.loss):
             return self.loss(model, batch)
-        log_probs, targets = response_log_probs(model, batch)
-        mask = targets != IGNORE
-        picked = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return -(picked * mask).sum(-1)
+        nll, _ = token_nll(*response_log_probs(model, batch))
+        return nll.sum(-1)
 
     def weight(self, batch: Any, losses: Tensor) -> float:
         """Return a micro-batch's share of W."""
