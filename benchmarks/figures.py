@@ -57,6 +57,7 @@ class Summary:
     method: str
     seeds: int
     steps: int
+    learning_rate: float
     task: tuple[float, float]
     alignment: tuple[float, float]
     refusal: tuple[float, float]
@@ -196,6 +197,7 @@ def _summary(method: str, records: Sequence[Record]) -> Summary:
         method=method,
         seeds=len(records),
         steps=records[0].steps,
+        learning_rate=records[0].learning_rate,
         task=(mean(lambda r: r.task_loss.start), mean(lambda r: r.task_loss.end)),
         alignment=(mean(lambda r: r.alignment_loss.start), mean(lambda r: r.alignment_loss.end)),
         refusal=(mean(lambda r: r.refusal_rate.start), mean(lambda r: r.refusal_rate.end)),

@@ -64,6 +64,9 @@ def _method_table(result: Result, methods: list[Summary]) -> Table:
     table = _table(f"{first.model}, {first.task}, {first.steps} steps")
     table.add_column("method", overflow="fold")
     separated = any(m.separation for m in methods)
+    rated = _rates_differ(methods)
+    if rated:
+        table.add_column("rate", justify="right", no_wrap=True)
     for name in (
         "align.\nloss", "task\nloss", "refuses", "over-\nrefuses", *["sepa-\nration"] * separated,
         "train\ns", "safety\ns", "share", "at\n16k",
@@ -78,11 +81,11 @@ def _method_table(result: Result, methods: list[Summary]) -> Table:
             f"{m.over_refusal[when]:.0%}", *[separation] * separated,
         ]  # fmt: skip
 
-    table.add_row("start", *measured(methods[0], 0), *[""] * 4, style="dim")
+    table.add_row("start", *[""] * rated, *measured(methods[0], 0), *[""] * 4, style="dim")
     for m in methods:
         table.add_row(
-            m.method, *measured(m, 1), f"{m.training:.1f}", f"{m.safety:.1f}", f"{m.share:.1%}",
-            f"{m.share_large:.1%}",
+            m.method, *[f"{m.learning_rate:g}"] * rated, *measured(m, 1), f"{m.training:.1f}",
+            f"{m.safety:.1f}", f"{m.share:.1%}", f"{m.share_large:.1%}",
         )  # fmt: skip
     table.caption = (
         "refuses: harmful prompts; over-refuses: harmless ones that look harmful; "
@@ -93,6 +96,10 @@ def _method_table(result: Result, methods: list[Summary]) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _rates_differ(methods: list[Summary]) -> bool:
+    return len({method.learning_rate for method in methods}) > 1
 
 
 def _target_table(methods: list[Summary], asked: list[Target]) -> Table:
@@ -135,6 +142,7 @@ def _html(
         evaluation=result.config["evaluation"],
         methods=methods,
         start=methods[0],
+        rated=_rates_differ(methods),
         targets=asked,
         missed=missed,
         plots={name: data_uri(figure) for name, figure in figures.items()},
