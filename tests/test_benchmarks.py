@@ -519,19 +519,37 @@ def test_many_methods_leave_the_names_of_the_figures(invented: Result, tmp_path:
     assert len({look(number) for number in range(49)}) == 49
 
 
-def test_separation_is_shown_where_it_was_measured(invented: Result, tmp_path: Path):
-    def shown() -> tuple[str, str]:
-        write_result(invented, tmp_path)
-        console = Console(record=True, width=80)
-        page = report(tmp_path, console).read_text(encoding="utf-8")
-        return console.export_text(), page
+def shown(result: Result, folder: Path) -> tuple[str, str]:
+    """The report in a terminal of 80 columns, and the page."""
+    write_result(result, folder)
+    console = Console(record=True, width=80)
+    page = report(folder, console).read_text(encoding="utf-8")
+    return console.export_text(), page
 
-    assert not any("sepa-" in text or ">separation<" in text for text in shown())
+
+def test_separation_is_shown_where_it_was_measured(invented: Result, tmp_path: Path):
+    for text in shown(invented, tmp_path):
+        assert "sepa-" not in text
+        assert ">separation<" not in text
     for record, end in zip(invented.records, (0.713, 0.901, 0.942), strict=True):
         record.separation = Span(start=0.975, end=end)
-    for text in shown():
+    for text in shown(invented, tmp_path):
         assert all(value in text for value in ("0.975", "0.713", "0.901", "0.942"))
         assert "…" not in text
+
+
+def test_learning_rates_are_shown_where_they_differ(invented: Result, tmp_path: Path):
+    text, page = shown(invented, tmp_path)
+    assert "rate" not in text.split("start")[0]
+    assert "<th>learning rate</th>" not in page
+    for record in invented.records:
+        record.separation = Span(start=0.975, end=0.9)
+    invented.records[2].learning_rate = 0.00125
+    text, page = shown(invented, tmp_path)
+    assert "rate" in text.split("start")[0]
+    assert "<td>0.00125</td>" in page
+    assert "0.00125" in text
+    assert "…" not in text
 
 
 def test_the_names_in_the_plots_are_dark_enough_to_be_read(invented: Result):
