@@ -313,6 +313,18 @@ def test_parameters_may_be_frozen_or_thawed_on_the_way(thaw):
     assert predicted.alignment_predicted == pytest.approx(predicted.alignment_loss, abs=0.01)
 
 
+def test_an_optimizer_that_clears_its_gradients_in_the_step_is_watched():
+    model = with_lora(tiny_llama())
+    optimizer = adamw(model)
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # before the monitor's
+    monitor = SafetyMonitor(optimizer, probe_of(model), every=2, budget=9)
+    for step in range(1, 5):
+        task_step(model, step)
+        optimizer.step()
+        monitor.check(step)
+    assert [check.step for check in monitor.history] == [2, 4]
+
+
 def test_gradients_that_it_cannot_follow_stop_nobody(caplog):
     model = tiny_llama()
     model.model.embed_tokens.sparse = True
@@ -540,6 +552,21 @@ def test_retries_are_bounded_and_the_model_is_left_safe():
     assert [check.stop for check in found] == [False, False, True]
     assert [check.learning_rate_scale for check in found] == [0.5, 0.25, 0.25]
     assert equal(safe, dict(model.state_dict()))
+
+
+def test_after_the_last_rollback_it_goes_on_saying_stop():
+    """A check before saving, after the loop's own: the model is within its limits again."""
+    model, *rest, monitor = watched("rollback", every=1, max_rollbacks=0)
+    go(model, *rest, 1)
+    monitor.check(1)
+    go(model, *rest, 2)
+    spike(model)
+    assert monitor.check(2).stop
+    again = monitor.check(2, measure=True)
+    assert (again.alarm, again.rolled_back, again.stop) == (False, False, True)
+    go(model, *rest, 3)
+    assert not monitor.check(3).stop
+    assert not monitor.check(3, measure=True).stop
 
 
 def test_each_rollback_lowers_the_rate_once_more():

@@ -4,6 +4,7 @@ import copy
 import io
 import sys
 import warnings
+from functools import partial
 
 import bitsandbytes
 import pytest
@@ -27,6 +28,9 @@ BASES = {
     "pytorch_optimizer.AdaBelief": pytorch_optimizer.AdaBelief,
     "pytorch_optimizer.Lion": pytorch_optimizer.Lion,
 }  # fmt: skip
+# Of pytorch_optimizer: what is left in the gradients after a step is none. So it is for
+# SpectralSphere, which is known to write by its option `nesterov`.
+WRITING = ["Adalite", "GrokFastAdamW", "LARS", "NovoGrad", "Ranger", "SCIONLight", "StableSPAM"]
 names = pytest.mark.parametrize("name", BASES)
 
 
@@ -123,6 +127,66 @@ def test_other_ways_to_evaluate_at_another_point_are_refused(base, monkeypatch):
     model, _, optimizer = build("other")
     with pytest.raises(TypeError, match=f"optimizer={base.__name__}: it evaluates at another"):
         train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("base", [*WRITING, "SpectralSphere", "AdaBelief", "ScheduleFreeAdamW"])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_the_task_is_known_by_its_own_gradients(base, with_closure, monkeypatch):
+    """Not by what an optimizer that computes inside of them has left there.
+
+    Those of the step in which it is found to do so are lost.
+    """
+    monkeypatch.setitem(BASES, "other", getattr(pytorch_optimizer, base))
+    model, _, optimizer = build("other", elastic=1.0, rank=2)
+    squares = [torch.zeros_like(p) for p in model.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.losses(torch.arange(10, 24)).mean()
+        loss.backward()
+        for total, p in zip(squares, model.parameters(), strict=True):
+            total += p.grad**2
+        return loss
+
+    for step in range(3):
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        if step == 0 and base in WRITING:
+            torch._foreach_zero_(squares)
+    found = [block[2] for block in optimizer.safety.pull.blocks]
+    assert all(map(partial(torch.allclose, atol=0.0), found, squares))
+    assert all(bool(total.any()) for total in squares)
+
+
+@pytest.mark.parametrize("base", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_a_warm_up_counts_with_the_rate_in_effect(base, monkeypatch):
+    monkeypatch.setitem(BASES, "other", partial(getattr(schedulefree, base), warmup_steps=4))
+    model, _, optimizer = build("other", elastic=1.0)
+    rates = []
+    for _ in range(6):
+        train(model, optimizer, 1)
+        rates.append(optimizer.safety.last_rate)
+    assert rates == pytest.approx([3e-3 * share for share in (0.25, 0.5, 0.75, 1, 1, 1)])
+    assert optimizer.safety.counters()["travelled"] == pytest.approx(sum(rates))
+
+
+def test_steps_at_a_rate_of_zero_are_not_counted(monkeypatch):
+    """RAdam's first ones, while its variance is not known, leave the model where it is."""
+    monkeypatch.setitem(BASES, "other", schedulefree.RAdamScheduleFree)
+    model, _, optimizer = build("other", elastic=1.0)
+    optimizer.train()
+    before = copies(model.parameters())
+    counts = []
+    for _ in range(6):
+        train(model, optimizer, 1)
+        counts.append(optimizer.safety.step_count)
+        assert equal(model.parameters(), before) == (counts[-1] == 0)
+    assert counts[0] == 0
+    assert counts[-2:] == [counts[-1] - 1, counts[-1]]
+    assert optimizer.safety.last_rate == optimizer.param_groups[0]["scheduled_lr"]
 
 
 def test_a_refresh_that_fails_needs_no_other_rank(monkeypatch):

@@ -76,7 +76,7 @@ class Differences:
 
         Memory: one copy of the parameters and two of the function's values.
         """
-        size = _norm(vector)
+        size = norm(vector)
         if not math.isfinite(size):
             raise ValueError(f"vectors: a vector has length {size}; expected finite numbers")
         before = [p.detach().clone() for p in self.params]
@@ -89,13 +89,13 @@ class Differences:
             high = min(max(high, _FIRST_ERROR / goal**2), _LARGEST_CORRECTION)
         try:
             for _ in range(_TRIES):
-                realised = self._move(before, vector, length / size)
+                realised = self._move(before, vector, length / size, size)
                 plus = _wide(function())
-                realised += self._move(before, vector, -length / size)
+                realised += self._move(before, vector, -length / size, size)
                 minus = _wide(function())
                 change = [a - b for a, b in zip(plus, minus, strict=True)]
-                scale = _norm(plus) + _norm(minus)
-                delta = _norm(change) / scale if scale else goal
+                scale = norm(plus) + norm(minus)
+                delta = norm(change) / scale if scale else goal
                 if not math.isfinite(delta):  # so is the derivative: let the caller see it
                     break
                 correction = goal / delta if delta else _LARGEST_CORRECTION
@@ -119,17 +119,21 @@ class Differences:
         if self._length is not None:
             self._length /= 2
 
-    def _move(self, before: Sequence[Tensor], vector: Sequence[Tensor], step: float) -> float:
-        """Set θ + step·v; return how far along v it really went, as a positive multiple of v."""
-        along, square = 0.0, 0.0
+    def _move(
+        self, before: Sequence[Tensor], vector: Sequence[Tensor], step: float, size: float
+    ) -> float:
+        """Set θ + step·v; return how far along v it really went, as a positive multiple of v.
+
+        ``size`` is ‖v‖.
+        """
+        along = 0.0
         for p, old, v in zip(self.params, before, vector, strict=True):
             exact = old.to(row_dtype(p))
             p.data.copy_(exact + step * v)
             moved = p.detach().to(exact.dtype) - exact
             along += float(torch.sum(moved * v, dtype=torch.float64))
-            square += float(torch.sum(v * v, dtype=torch.float64))
         torch.clear_autocast_cache()  # it would serve the weights of before
-        return math.copysign(1, step) * along / square
+        return math.copysign(1, step) * along / size**2
 
 
 def rounding_unit(model: nn.Module) -> float:
@@ -148,17 +152,18 @@ def rounding_unit(model: nn.Module) -> float:
 
 def _first_guess(params: Sequence[Tensor], vector: Sequence[Tensor]) -> float:
     """Σ max(|θ_i|, rms θ)·|v_i| / ‖v‖²; entries of a LoRA factor at zero count, too."""
-    typical = _norm(params) / math.sqrt(sum(p.numel() for p in params)) or 1.0
+    typical = norm(params) / math.sqrt(sum(p.numel() for p in params)) or 1.0
     above = math.fsum(
         float((p.to(v.dtype).abs().clamp(min=typical) * v.abs()).sum())
         for p, v in zip(params, vector, strict=True)
     )
-    return above / _norm(vector) ** 2
+    return above / norm(vector) ** 2
 
 
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(row_dtype(x)) for x in tensors]
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Length of a vector that is given in parts."""
     return math.hypot(*(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in tensors))

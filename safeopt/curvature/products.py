@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from safeopt.curvature.differences import Differences, rounding_unit
+from safeopt.curvature.differences import Differences, norm, rounding_unit
 from safeopt.per_example import row_dtype
 
 logger = logging.getLogger("safeopt")
@@ -313,9 +313,9 @@ def _agreement(site: Site) -> float:
 
 def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """‖actual − expected‖ / max(‖actual‖, ‖expected‖)."""
-    left, right = (torch.cat([x.double().flatten().cpu() for x in y]) for y in (actual, expected))
-    scale = torch.maximum(left.norm(), right.norm())
-    return float((left - right).norm() / scale) if scale > 0 else 0.0
+    gap = norm([x.to(y.dtype) - y for x, y in zip(actual, expected, strict=True)])
+    scale = max(norm(actual), norm(expected))
+    return gap / scale if scale > 0 else 0.0
 
 
 def with_parameters(

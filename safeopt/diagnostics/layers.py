@@ -71,12 +71,12 @@ def layer_shares(evidence: Evidence, rank: int) -> list[LayerShare]:
     return shares
 
 
-def block_shares(shares: list[LayerShare], figure: str = "curvature") -> Mapping[int, float]:
-    """A figure summed over the modules of each transformer block, in the blocks' order."""
+def block_shares(shares: list[LayerShare]) -> Mapping[int, float]:
+    """The share of Tr F in each transformer block, over its modules, in the blocks' order."""
     sums: dict[int, float] = {}
     for share in shares:
         if share.block is not None:
-            sums[share.block] = sums.get(share.block, 0.0) + getattr(share, figure)
+            sums[share.block] = sums.get(share.block, 0.0) + share.curvature
     return dict(sorted(sums.items()))
 
 

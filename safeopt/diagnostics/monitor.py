@@ -190,6 +190,7 @@ class SafetyMonitor:
         self._safe: _Safe | None = None
         self._loss: float | None = None  # as it was last measured
         self._looked_at = 0  # the observation's step there
+        self._stopping = False  # what was said there
         self._observation = Observation(
             # Between its steps SafetySAM's parameters are perturbed, its base optimizer's are not.
             getattr(optimizer, "base_optimizer", optimizer),
@@ -206,7 +207,7 @@ class SafetyMonitor:
         Args:
             step: for the history and the log.
             measure: measure now, whether it is due or not; where no step was taken since the last
-                measurement, what that one found is returned.
+                measurement, what that one found is returned, and whether training should end.
 
         Returns:
             What is known now. Where ``rolled_back``, the run stands at the last safe checkpoint.
@@ -219,7 +220,7 @@ class SafetyMonitor:
         foreseen = predicted is None or not predicted <= limit
         known = not self._loss <= limit  # with "warn" a run goes on above its limit
         if since == 0 and measure:  # nothing has moved since it was measured
-            stop = known and self.action != "warn"
+            stop = self._stopping or (known and self.action != "warn")
             return replace(found, alignment_loss=self._loss, alarm=known, stop=stop)
         due = since >= self.every or (foreseen and not known)
         if since == 0 or not (due or measure):
@@ -230,6 +231,7 @@ class SafetyMonitor:
                 self._keep(step)
         else:  # also where it is no number
             found = self._act(found)
+        self._stopping = found.stop  # also of a run that its last rollback has left within limits
         self.history.append(found)
         return found
 

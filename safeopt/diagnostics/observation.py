@@ -19,16 +19,11 @@ from torch.optim import Optimizer
 
 from safeopt.curvature.refresh import RefreshPolicy
 from safeopt.curvature.subspace import SafetySubspace
+from safeopt.optim.base_step import BaseStep
 from safeopt.optim.config import SafetyConfig
 from safeopt.optim.geometry import SafetyGeometry
-from safeopt.optim.groups import largest_learning_rate, protected_parameters
-from safeopt.optim.protection import (
-    closure_of,
-    copied_gradients,
-    is_inert,
-    overwrites_gradients,
-    with_closure,
-)
+from safeopt.optim.groups import protected_parameters
+from safeopt.optim.protection import closure_of, is_inert, with_closure
 from safeopt.probe import SafetyProbe
 
 logger = logging.getLogger("safeopt")
@@ -87,8 +82,7 @@ class Observation:
         self._params: list[Tensor] = []
         self._spanned: list[Tensor] = []  # the parameters of a subspace of its own
         self._moving = False  # whether the present step moves parameters
-        self._rate = 0.0  # its learning rate; a hook may take a scheduler's step before `_after`
-        self._gradients: list[Tensor | None] | None = None  # its own, where it overwrites them
+        self._step = BaseStep()
         self._subspace: SafetySubspace | None = None  # before the present step
         self._copies: list[Tensor] | None = None  # of the parameters, likewise
         self._marked: tuple[SafetySubspace | None, float] = (None, 0.0)
@@ -151,40 +145,47 @@ class Observation:
                 # Some were frozen or added meanwhile: the next subspace is that of these.
                 self.geometry.subspace, self._spanned = None, params
             self.geometry.before_step(params)
-            self._rate = largest_learning_rate(optimizer)
         if not self._started:
             self._started = True
             self._on_start()
         self._subspace = self.geometry.subspace
         if (self.steps + 1) % self._every == 0:
             self._copies = [p.detach().clone() for p in params]
-        if not self._own or not overwrites_gradients(optimizer):
-            return None
         if closure is None:
-            self._gradients = copied_gradients(params)
+            self._begins(optimizer)
             return None
 
         def evaluate() -> Any:
+            self._step.forget()  # no copy beside a backward pass
             loss = closure()
-            self._gradients = copied_gradients(params)
+            self._begins(optimizer)
             return loss
 
         return with_closure(args, kwargs, evaluate)
 
     @_disable_dynamo
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        gradients, self._gradients = self._gradients, None
-        if not self._moving or all(p.grad is None for p in self._params):
+        if not self._moving:
             return
+        if self._own:
+            rate, gradients = self._step.ends(optimizer, self._params)
+            if not rate > 0:  # a warm-up may begin with 0
+                return
         self.steps += 1
         try:
             if self._own:
-                self.geometry.after_step(self._params, self._rate, gradients=gradients)
+                self.geometry.after_step(self._params, rate, gradients=gradients)
             self._compare()
         except Exception as error:  # who only watches stops nobody: a look at the loss will tell
             logger.warning("the safety subspace cannot be estimated (%s)", error)
             self._marked = (None, 0.0)  # what was predicted is not of this step
         self._subspace = self._copies = None
+
+    def _begins(self, optimizer: Optimizer) -> None:
+        """Decided before the step: the optimizer, or a hook, may clear the gradients in it."""
+        self._moving = any(p.grad is not None for p in self._params)
+        if self._own and self._moving:
+            self._step.begins(optimizer, self._params)
 
     def _compare(self) -> None:
         """The overlap of the step, or how far the subspace has turned by its refresh."""

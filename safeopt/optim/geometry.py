@@ -196,7 +196,7 @@ class SafetyGeometry:
         self.step_count += 1
         if any(g is not None for g in taken):
             self.observe_gradient(inside, self.last_rate)
-        else:  # the base optimizer has cleared them
+        else:  # the base optimizer has cleared them, or written to them unnoticed until now
             self.coupling = self._interval.last_gradient = None
         self.last_rate = learning_rate
         c = position - self.subspace.anchor

@@ -83,8 +83,12 @@ def loaded_parameters(optimizer: Optimizer, geometry: SafetyGeometry) -> list[Te
     return trained_parameters(optimizer)
 
 
-def largest_learning_rate(optimizer: Optimizer) -> float:
+def largest_learning_rate(optimizer: Optimizer, name: str = "lr") -> float:
     """The largest learning rate of the protected groups that have something to train; else 0.
+
+    Args:
+        optimizer: whose groups.
+        name: under which they keep it.
 
     Raises:
         ValueError: if one of them has no learning rate.
@@ -94,16 +98,16 @@ def largest_learning_rate(optimizer: Optimizer) -> float:
         for group in protected_groups(optimizer)
         if any(p.requires_grad for p in group["params"])
     ]
-    return max((float(_learning_rate(group)) for group in trained), default=0.0)
+    return max((float(_learning_rate(group, name)) for group in trained), default=0.0)
 
 
-def _learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+def _learning_rate(group: Mapping[str, Any], name: str = "lr") -> float | Tensor:
     """A group's learning rate, as it is kept.
 
     Raises:
         ValueError: if it has none.
     """
-    rate: float | Tensor | None = group.get("lr")
+    rate: float | Tensor | None = group.get(name)
     if rate is None:
         raise ValueError(
             "lr=None: the learning rate has to be known, and this optimizer picks its own; give lr "

@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 
 from safeopt.curvature.bases import empty_basis
 from safeopt.distributed import Layout, locals_of
+from safeopt.optim.base_step import BaseStep
 from safeopt.optim.elastic import ElasticPull
 from safeopt.optim.estimate import basis_kind, pulls
 from safeopt.optim.geometry import SafetyGeometry
@@ -52,7 +53,7 @@ from safeopt.optim.groups import (
 )
 from safeopt.optim.measurement import Measurement
 from safeopt.optim.portable import hide, hide_basis, hide_pull, in_process_group, reveal, stripped
-from safeopt.optim.schedule_free import at_average, is_schedule_free
+from safeopt.optim.schedule_free import at_average
 from safeopt.optim.state import check_state, in_saved_order, load_state, pack_state
 
 OnRefreshError = Literal["raise", "warn"]
@@ -89,24 +90,6 @@ def with_closure(
     if len(args) > 1:
         return (args[0], closure, *args[2:]), kwargs
     return args, {**kwargs, "closure": closure}
-
-
-def overwrites_gradients(optimizer: Optimizer) -> bool:
-    """Whether its step computes inside of the gradients: afterwards they are those no more.
-
-    Schedule-free optimizers divide them in place, torch's SGD adds Nesterov's momentum to them. Of
-    these, and none else, the gradients are copied for as long as the step takes. A fused step adds
-    nothing; under a `GradScaler` it divides them by the loss scale itself, and a copy would not be.
-    """
-    groups = optimizer.param_groups
-    nesterov = any(group.get("nesterov") and not group.get("fused") for group in groups)
-    return nesterov or is_schedule_free(optimizer)
-
-
-def copied_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """This process's part of each gradient, copied; None where there is none."""
-    found = locals_of([p.grad for p in params])
-    return [None if g is None else g.detach().clone() for g in found]
 
 
 def attach(
@@ -178,8 +161,7 @@ class _Protection:
         self._geometry = geometry
         self._policy = on_refresh_error
         self._protects = False  # whether the present step is protected
-        self._gradients: list[Tensor | None] | None = None  # its own, where it overwrites them
-        self._rate = 0.0  # its learning rate; a hook may take a scheduler's step before `after`
+        self._step = BaseStep()
         self._checked: Mapping[str, Any] = {}  # a state between the two hooks of loading
 
     @_disable_dynamo
@@ -187,7 +169,8 @@ class _Protection:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Make the first estimate; refuse what cannot be protected before anything has moved."""
-        self._protects, self._gradients = False, None
+        self._protects = False
+        self._step.forget()
         check_groups(optimizer)
         params = protected_parameters(optimizer)
         closure = closure_of(args, kwargs)
@@ -203,7 +186,8 @@ class _Protection:
             return None
 
         def evaluate() -> Any:
-            self._protects, self._gradients = False, None  # no copy beside a backward pass
+            self._protects = False
+            self._step.forget()  # no copy beside a backward pass
             loss = closure()
             if self._accepts(params):
                 self._begins(optimizer, params)
@@ -218,10 +202,12 @@ class _Protection:
             return
         self._protects = False  # a subclass's step around its parent's has these hooks twice
         params = self._geometry.spanned
-        gradients, self._gradients = self._gradients, None
+        rate, gradients = self._step.ends(optimizer, params)
+        if not rate > 0:  # a warm-up may begin with 0
+            return
         try:
             with at_average(optimizer, params, self._geometry) as follow:
-                self._geometry.after_step(params, self._rate, moved=follow, gradients=gradients)
+                self._geometry.after_step(params, rate, moved=follow, gradients=gradients)
         except Exception as error:
             report(error, self._policy)
 
@@ -274,11 +260,10 @@ class _Protection:
         return in_saved_order(params, state, self._geometry.probe.model)
 
     def _begins(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
-        """Note a step's rate and whether it has gradients; what they are, too, if need be."""
-        self._rate = largest_learning_rate(optimizer)
+        """Note what a step is taken with, and whether it has gradients."""
         self._protects = any(p.grad is not None for p in params)
-        if self._protects and overwrites_gradients(optimizer):
-            self._gradients = copied_gradients(params)
+        if self._protects:
+            self._step.begins(optimizer, params)
 
     def _accepts(self, params: Sequence[Tensor]) -> bool:
         """Whether the step with these gradients can be protected.

@@ -28,11 +28,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safeopt.optim.geometry import SafetyGeometry
+from safeopt.optim.groups import largest_learning_rate
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
     """Whether the optimizer holds its parameters at y while it trains and at x otherwise."""
     return all("train_mode" in group for group in optimizer.param_groups)
+
+
+def scheduled_rate(optimizer: Optimizer) -> float | None:
+    """The largest learning rate in effect in the step just taken.
+
+    During their warm-up it is less than ``lr``; RAdamScheduleFree begins with steps at 0.
+
+    Returns:
+        None for other optimizers, and for those of another package, which do not note it.
+    """
+    noted = all("scheduled_lr" in group for group in optimizer.param_groups)
+    if not (noted and is_schedule_free(optimizer)):
+        return None
+    return largest_learning_rate(optimizer, "scheduled_lr")
 
 
 @contextmanager

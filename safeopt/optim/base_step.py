@@ -1,0 +1,127 @@
+"""BaseStep: the learning rate and the gradients of a base optimizer's step.
+
+Some optimizers compute inside of the gradients: schedule-free ones divide them, torch's foreach SGD
+adds Nesterov's momentum to them, others clip or centre them. What is in ``p.grad`` after such a
+step is no gradient any more. Which optimizers do so, and in which of their steps, is not known
+beforehand, but for those two, and copies of all gradients take memory:
+
+- of an optimizer that is known to write to gradients they are copied;
+- of any other one autograd's count of writes to each gradient is watched, and in the first steps
+  its norm as well. A step that writes for the first time costs its own gradients: they are not
+  known, and none is taken for them. From then on they are copied.
+
+A fused step writes to gradients only under a `GradScaler`, where it divides them by the loss scale
+itself: of a fused group's parameters the gradients are those that it leaves.
+
+Not noticed, where they begin after the first steps, are writes that autograd does not count:
+through ``.data``, by kernels of an optimizer's own, by foreach operations on DTensors. A step hook
+that changes gradients, as by clipping them, belongs before the one that calls `BaseStep.begins`;
+registered later it counts as a part of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safeopt.distributed import locals_of
+from safeopt.optim.groups import largest_learning_rate
+from safeopt.optim.schedule_free import is_schedule_free, scheduled_rate
+
+_MEASURED = 8  # first steps, in which the gradients' norms are watched
+
+
+class BaseStep:
+    """Follows the steps of one optimizer.
+
+    Cost: two passes over the gradients in each of the first steps; of an optimizer that writes to
+    gradients a copy of them for as long as a step takes.
+    """
+
+    def __init__(self) -> None:
+        self._begun = 0
+        self._writes = False  # whether the optimizer has written to gradients
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of a step that has begun."""
+        self._rate = 0.0  # a hook may take a scheduler's step before `ends`
+        self._gradients: list[Tensor | None] = []  # themselves, None where fused
+        self._copies: list[Tensor | None] = []  # of an optimizer that writes
+        self._counts: list[int] = []  # of the writes to them, of any other
+        self._norms: list[Tensor] = []
+
+    def begins(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
+        """Note the gradients that the step will be taken with; call it when they are computed."""
+        self.forget()
+        self._rate = largest_learning_rate(optimizer)
+        groups = optimizer.param_groups
+        fused = {id(p) for group in groups if group.get("fused") for p in group["params"]}
+        self._gradients = [None if id(p) in fused else p.grad for p in params]
+        # Of tensors made in inference mode nobody counts the writes: better a copy too many.
+        uncounted = any(g is not None and g.is_inference() for g in self._gradients)
+        self._writes = self._writes or uncounted or _known_to_write(optimizer)
+        if self._writes:
+            found = locals_of(self._gradients)
+            self._copies = [None if g is None else g.detach().clone() for g in found]
+        else:
+            self._counts = self._written()
+            if self._begun < _MEASURED:
+                self._norms = self._measured()
+        self._begun += 1
+
+    def ends(
+        self, optimizer: Optimizer, params: Sequence[Tensor]
+    ) -> tuple[float, list[Tensor | None]]:
+        """What the step that has just been taken was taken with.
+
+        Args:
+            optimizer: as for `begins`.
+            params: as for `begins`.
+
+        Returns:
+            The largest learning rate in effect, 0 where nothing has moved; and for each parameter
+            its gradient, or this process's part of it: None where it has none, or none is left.
+        """
+        rate = scheduled_rate(optimizer)
+        rate = self._rate if rate is None else rate
+        copied, found = self._writes, self._copies
+        if not copied:
+            self._writes = self._has_written()
+            # Themselves: an optimizer may have put other tensors there.
+            pairs = zip(params, self._gradients, strict=True)
+            found = [None if p.grad is None else g for p, g in pairs]
+        self.forget()
+        if self._writes and not copied:
+            return rate, [None] * len(params)
+        return rate, [p.grad if g is None else g for p, g in zip(params, found, strict=True)]
+
+    def _has_written(self) -> bool:
+        """Whether the step has changed a gradient, as far as it can be seen."""
+        if self._written() != self._counts:
+            return True
+        norms = self._measured() if self._norms else []
+        return any(
+            not torch.equal(now.nan_to_num(), before.nan_to_num())
+            for now, before in zip(norms, self._norms, strict=True)
+        )
+
+    def _written(self) -> list[int]:
+        """Autograd's counts of the writes to each gradient; of a DTensor its own and its part's."""
+        both = (*self._gradients, *locals_of(self._gradients))
+        return [-1 if g is None else g._version for g in both]
+
+    def _measured(self) -> list[Tensor]:
+        """The norm of this process's part of each gradient; of sparse ones none is used."""
+        found = [g for g in locals_of(self._gradients) if g is not None]
+        return [torch.linalg.vector_norm(g) for g in found if g.layout == torch.strided]
+
+
+def _known_to_write(optimizer: Optimizer) -> bool:
+    """Whether these are Nesterov's momentum, unless fused, or a schedule-free optimizer."""
+    groups = optimizer.param_groups
+    nesterov = any(group.get("nesterov") and not group.get("fused") for group in groups)
+    return nesterov or is_schedule_free(optimizer)
