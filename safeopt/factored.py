@@ -310,13 +310,13 @@ class FactoredRows:
         for right, left, counts, places in state["sites"]:
             whole = len(counts) == count and all(isinstance(n, int) for n in counts)
             whole = whole and sum(counts) == len(places) and len(left) > 0
-            if not whole or (len(places) > 0 and int(places.max()) >= len(right)):
+            if not whole or min(counts, default=0) < 0 or not _all_below(len(right), places):
                 raise ValueError("the factors of a layer do not fit each other")
             for index, x in left.items():
-                shape = params[index].shape if index < len(params) else ()
+                shape: tuple[int, ...] = params[index].shape if index < len(params) else ()
                 expected = (len(places), *shape[: x.dim() - 1])
                 fits = tuple(x.shape) == expected and tuple(shape[1:]) == tuple(right.shape[1:])
-                if not fits:
+                if not fits or (x.dim() == 1 and not _all_below(shape[0], x)):
                     raise ValueError(f"the factors of parameter {index} do not fit the parameters")
             device = devices[next(iter(left))]
             moved = {i: x.to(device) for i, x in left.items()}
@@ -373,14 +373,19 @@ class FactoredRows:
         return total
 
 
+def _all_below(limit: int, numbers: Tensor) -> bool:
+    """Whether all numbers are places among ``limit`` things."""
+    return bool(((numbers >= 0) & (numbers < limit)).all())
+
+
 def _left_products(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> Tensor:
     """l_t·l_s of two weights' left factors, ``(T, S)``; ids stand for one-hot vectors."""
     if mine.dim() == theirs.dim() == 1:
-        return (mine.unsqueeze(1) == theirs).to(dtype)
+        return mine.unsqueeze(1) == theirs
     if mine.dim() == 1:
-        return theirs[:, mine].T.to(dtype)
+        return theirs[:, mine].T
     if theirs.dim() == 1:
-        return mine[:, theirs].to(dtype)
+        return mine[:, theirs]
     with exact_products(mine.device):
         return mine.to(dtype) @ theirs.to(dtype).T
 

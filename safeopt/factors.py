@@ -44,8 +44,7 @@ class Factors:
     @property
     def key(self) -> tuple[Any, ...]:
         """What the same place of the model has in common in two passes."""
-        kinds = [(index, left.dim()) for index, left in self.left.items()]
-        return (*kinds, self.right.shape[1])
+        return tuple((index, left.dim()) for index, left in self.left.items())
 
     @cached_property
     def owners(self) -> Tensor:

@@ -50,15 +50,15 @@ def share_prefix(model: nn.Module, batch: Batch) -> dict[str, Any]:
     # A row's own beginning ends where its padding would reach, counted from the right.
     lengths = mask.sum(1, keepdim=True) - shared
     kept = torch.arange(rest, 0, -1, device=ids.device) <= lengths
-    whole = torch.cat([mask.new_ones(rows, shared), kept.to(mask)], dim=1)
+    whole = torch.cat([mask.new_ones(rows, shared), kept], dim=1)
     part = {
-        "input_ids": ids[:, -rest:] * kept,
+        "input_ids": ids[:, -rest:],
         "attention_mask": whole,
-        "position_ids": (whole.cumsum(-1) - 1).clamp(min=0)[:, shared:],
+        "position_ids": (whole.cumsum(-1) - 1)[:, shared:],
         "past_key_values": cache,
     }
     if "labels" in batch:
-        part["labels"] = batch["labels"][:, -rest:].masked_fill(~kept, IGNORE)
+        part["labels"] = batch["labels"][:, -rest:]
     return part
 
 

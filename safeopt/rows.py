@@ -151,7 +151,7 @@ def _groups(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[list[in
     group: list[int] = []
     numbers, last = 0, None
     for index, (a, b) in enumerate(zip(left, right, strict=True)):
-        if not (a.numel() and b.numel()):
+        if not (a.numel() and b.numel()):  # no product; an empty basis may be of another dtype
             continue
         size, kind = a.numel() + b.numel(), (a.device, a.dtype, b.device, b.dtype)
         most = _TOGETHER.get(a.device.type, _TOGETHER_ELSEWHERE)

@@ -16,7 +16,8 @@ def test_trace_of_a_low_rank_matrix_is_exact():
     estimate = hutch_pp(operator, 18)
     assert abs(estimate.value - 5.5) < 1e-10
     assert estimate.standard_error < 1e-10
-    assert estimate.products == operator.products == 17  # the sketch has only five directions
+    # The sketch has only five directions.
+    assert estimate.products == operator.products == operator.shared == 17
 
 
 def test_trace_of_a_small_matrix_is_exact():
@@ -81,8 +82,9 @@ def test_density_moments():
     """m steps integrate polynomials of degree 2m − 1 exactly, for each random vector."""
     values = decaying(indefinite=True)
     matrix = matrix_of(values)[0]
-    density = spectral_density(Dense(matrix), steps=5, vectors=3, seed=2)
-    assert density.products == 15
+    operator = Dense(matrix)
+    density = spectral_density(operator, steps=5, vectors=3, seed=2)
+    assert density.products == operator.shared == 15
     assert (density.weights.sum(1) - 1).abs().max() < 1e-12
     for sample in range(3):
         generator = torch.Generator().manual_seed(2)
@@ -111,6 +113,10 @@ def test_density_of_degenerate_matrices():
     density = spectral_density(Dense(torch.eye(SIZE) * 2), steps=6, vectors=2)
     assert density.products == 2  # the first step finds an invariant space
     assert abs(density.moment(3) - 8) < 1e-12
+    projector = matrix_of(torch.cat([torch.ones(60), torch.zeros(40)]).double())[0]
+    density = spectral_density(Dense(projector), steps=6, vectors=2)
+    assert density.products == 4  # rounding is no further direction
+    assert density.moment(1) == pytest.approx(0.6, abs=0.1)
     assert spectral_density(Dense(torch.ones(1, 1), [()]), steps=6).moment(1) == pytest.approx(1)
     for options in ({"steps": 0}, {"vectors": 0}):
         with pytest.raises(ValueError, match="at least one"):

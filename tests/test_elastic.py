@@ -11,6 +11,9 @@ from optimizer_table import OVERWRITING, build, run
 from quadratic import Quadratic, probe_of
 
 from safeopt import RefreshPolicy, SafetyProbe, safeguard
+from safeopt.distributed import ALONE as ONE_PROCESS
+from safeopt.optim.elastic import ElasticPull, squares
+from safeopt.rows import DenseRows
 
 SHAPES = [(3, 2), (4,), (2,)]
 N = 12
@@ -134,6 +137,43 @@ def test_without_task_gradients_all_entries_count_the_same():
     f = share((directions().numpy()[optimizer.safety.rota._pool[:2]] ** 2).sum(0))
     expected = origin - 0.05 * drive / (1 + 2 * f * N)
     assert np.allclose(parameters(model), expected, rtol=1e-12)
+
+
+def test_without_safety_curvature_nothing_is_pulled():
+    moved = [torch.ones(3)]
+    pull = ElasticPull.at([torch.zeros(3)])
+    found = pull.pulled(moved, [torch.ones(3)], 2.0, ONE_PROCESS)
+    assert torch.equal(found.params[0], moved[0])
+
+
+def test_a_sum_of_squares_stays_finite():
+    """Two entries that have overflowed share what the task depends on."""
+    pull = ElasticPull.at([torch.ones(4)]).observed([torch.ones(4)], ONE_PROCESS)
+    for _ in range(2):
+        gradient = torch.tensor([1e30, 1e30, 0, 0])
+        found = pull.pulled([torch.zeros(4)], [gradient], 2.0, ONE_PROCESS)
+        assert torch.allclose(found.params[0], torch.tensor([0.5, 0.5, 1, 1]))
+        assert bool(found.task[0].isfinite().all())
+        found.write([torch.zeros(4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_diagonals_of_half_precision_are_float32(dtype):
+    """Their own squares would overflow, and their own sums lose what is added late."""
+    params = [torch.zeros(2, dtype=dtype)]
+    pull = ElasticPull.at(params)
+    for _ in range(400):
+        found = pull.pulled(params, [torch.full((2,), 512, dtype=dtype)], 1.0, ONE_PROCESS)
+        found.write(params)
+    assert pull.blocks[0][2].tolist() == [400 * 512.0**2] * 2
+    assert found.params[0].dtype == dtype
+
+
+def test_squares_are_those_of_the_first_rows_times_their_factors():
+    rows = [torch.arange(12.0).view(4, 3), torch.arange(4.0)]
+    first, second = squares(DenseRows(rows), torch.tensor([2.0, -3.0]))
+    assert first.tolist() == [4 * a**2 + 9 * (a + 3) ** 2 for a in range(3)]
+    assert float(second) == 9
 
 
 @pytest.mark.parametrize("with_closure", [False, True])

@@ -98,7 +98,49 @@ def test_lora_has_factors_only():
     assert not rows.dense
 
 
-@pytest.mark.parametrize("middle", [Shared, Padded])
+class Begins(nn.Module):
+    """Two layers whose inputs begin at the same place of memory, and are not the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole, self.part = nn.Linear(8, 8), nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.whole(x) + self.part(x[..., :4])
+
+
+class Again(nn.Module):
+    """One layer used twice on the same input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x) + torch.tanh(self.layer(x))
+
+
+class Tied(nn.Module):
+    """A linear layer whose weight another kind of layer owns, too."""
+
+    class Transposed(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return x @ self.weight
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.transposed = self.Transposed(self.linear.weight)
+
+    def forward(self, x):
+        return self.transposed(torch.tanh(self.linear(x)))
+
+
+@pytest.mark.parametrize("middle", [Shared, Padded, Begins, Again, Tied])
 def test_unusual_layers_in_one_pass(middle):
     model, batch = Toy(middle()).double(), safety_batch()
     _, rows, runs = factored(model, batch)
@@ -130,9 +172,23 @@ class Scales(nn.Module):
         return x @ self.factors["a"].T @ self.factors["b"].T
 
 
-def test_a_zero_gradient_proves_nothing():
+class Looks(Scales):
+    """The same where the first one's module is called for a look alone, without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 2, bias=False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.linear(x)
+        return super().forward(x) + x @ self.linear.weight.T @ self.factors["b"].T
+
+
+@pytest.mark.parametrize("middle", [Scales, Looks])
+def test_a_zero_gradient_proves_nothing(middle):
     """At its start the first factor's gradient is zero; its rows must not stay so."""
-    model, batch, looped = Toy(Scales()).double(), safety_batch(), set()
+    model, batch, looped = Toy(middle()).double(), safety_batch(), set()
     factored(model, batch, looped)
     with torch.no_grad():
         model.middle.factors["b"].normal_()
@@ -198,6 +254,11 @@ def drawn(counts=COUNTS, seed=0, dtype=torch.float64):
     return FactoredRows(shapes, [dtype] * 5, sites, {3: normal(len(counts), 4)}, scale)
 
 
+def lacking(rows, site):
+    """The same without one of the factors' places."""
+    return rows._with([s for i, s in enumerate(rows.sites) if i != site], rows.dense, rows.scale)
+
+
 def matrices(rows):
     """The definition: Σ_t l_t r_tᵀ, one token after the other."""
     out = [torch.zeros(len(rows), *shape, dtype=torch.float64) for shape in rows.shapes]
@@ -213,19 +274,26 @@ def matrices(rows):
     return [x * rows.scale.view(-1, *[1] * (x.dim() - 1)) for x in out]
 
 
+@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("temporary", [1, 1 << 24])
 @pytest.mark.parametrize("by_tokens", [True, False])
-def test_inner_products_equal_the_definition(by_tokens, temporary, monkeypatch):
+def test_inner_products_equal_the_definition(by_tokens, temporary, stored, monkeypatch):
     monkeypatch.setattr(FactoredRows, "_by_tokens", lambda *_: by_tokens)
     monkeypatch.setattr(module, "_TEMPORARY", temporary)
-    one, two = drawn(), drawn([1, 5], seed=1)
+    one, two = drawn().stored_as(stored), drawn([1, 5], seed=1).stored_as(stored)
     assert relative_error(flat(blocks(one)), flat(matrices(one))) < 1e-14
     expected = flat(matrices(one)) @ flat(matrices(two)).T
     assert relative_error(one.inner(two), expected) < 1e-13
     expected = flat(matrices(one)) @ flat(matrices(one)).T
     assert relative_error(one.products(), expected) < 1e-13
-    vector = [torch.randn(s, dtype=torch.float64) for s in one.shapes]
-    along = sum(one.along(i, v) for i, v in enumerate(vector))
+    parts = [one.products_of(i) for i in range(len(one.shapes))]
+    assert relative_error(sum(parts), expected) < 1e-13
+    for some in (lacking(two, 1), lacking(two, 2), two.with_dense({2: two.unscaled(2) + 1})):
+        expected = flat(matrices(one)) @ flat(matrices(some)).T
+        assert relative_error(one.inner(some), expected) < 1e-13
+        assert relative_error(some.inner(one), expected.T) < 1e-13
+    vector = [torch.randn(s).double() for s in one.shapes]
+    along = sum(one.along(i, v.float()) for i, v in enumerate(vector))
     whole = torch.cat([v.flatten() for v in vector])
     assert relative_error(along, flat(matrices(one)) @ whole) < 1e-13
     weights = torch.randn(len(one), dtype=torch.float64)
@@ -234,6 +302,11 @@ def test_inner_products_equal_the_definition(by_tokens, temporary, monkeypatch):
         one.add_into(i, v, weights)
     step = torch.cat([v.flatten() for v in moved]) - whole
     assert relative_error(step, weights @ flat(matrices(one))) < 1e-13
+    single = [torch.zeros(s) for s in one.shapes]
+    for i, v in enumerate(single):
+        one.add_into(i, v, weights)
+    step = torch.cat([v.flatten() for v in single])
+    assert relative_error(step, weights @ flat(matrices(one))) < 1e-6
 
 
 def test_the_cheaper_contraction_is_chosen():
@@ -245,6 +318,9 @@ def test_the_cheaper_contraction_is_chosen():
     few, many = rows(2, 64), rows(512, 64)
     assert few._by_tokens(few, 0)
     assert not many._by_tokens(many, 0)
+    some = rows(48, 64)  # with itself, the matrices of one side alone have to be formed
+    assert not some._by_tokens(some, 0)
+    assert some._by_tokens(rows(48, 64), 0)
 
 
 def test_operations_on_rows_equal_those_on_matrices():
@@ -257,14 +333,46 @@ def test_operations_on_rows_equal_those_on_matrices():
     assert relative_error(flat(blocks(one.scaled(factors))), factors[:, None] * a) < 1e-14
     given = one.with_dense({0: torch.ones(4, 7, 5, dtype=torch.float64)})
     assert 0 not in given.sites[0].left
+    alone = one.with_dense({2: torch.ones(4, 9, 6, dtype=torch.float64)})
+    assert len(alone.sites) == 1, "a place without a weight is not kept"
     assert torch.equal(given.block(0)[0], torch.full((7, 5), 0.5, dtype=torch.float64))
     noise = one.noise(torch.Generator().manual_seed(0))
     assert noise.products().shape == (4, 4)
     assert relative_error(noise.products(), one.products()) > 0.1
+    assert torch.equal(noise.scale, torch.ones(4))
 
 
-def test_equal_inputs_are_kept_once():
+@pytest.mark.parametrize("change", ["site 0", "site 1", "site 2", "a site twice"])
+def test_passes_that_differ_in_their_places_are_put_together(change):
+    """A layer that one of them has not called, or has called twice."""
+    one, two = drawn(), drawn([1, 5], seed=1)
+    if change == "a site twice":
+        one = one._with([*one.sites, *drawn(seed=2).sites[:1]], one.dense, one.scale)
+    else:
+        two = lacking(two, int(change[-1]))
+    for pair in ((one, two), (two, one)):
+        joined = pair[0].followed_by(pair[1])
+        expected = torch.cat([flat(matrices(rows)) for rows in pair])
+        assert relative_error(flat(blocks(joined)), expected) < 1e-14
+
+
+def test_the_magnitude_is_that_of_the_tokens_where_nothing_cancels():
     rows = drawn()
+    for index in range(len(rows.shapes)):
+        each = [torch.zeros(0)]
+        for site in rows.sites:
+            if index in site.left:
+                left = site.left[index].double()
+                left = left.norm(dim=1) if left.dim() == 2 else torch.ones(len(left))
+                each.append(left * site.right.norm(dim=1))
+        each += [rows.dense[index].flatten()] if index in rows.dense else []
+        assert float(rows.magnitude(index)) == pytest.approx(float(torch.cat(each).norm()))
+
+
+@pytest.mark.parametrize("size", [1e-15, 1, 1e15])
+def test_equal_inputs_are_kept_once(size):
+    rows = drawn()
+    rows.sites[0].right.mul_(size)
     twice = rows.followed_by(rows.scaled(torch.full((4,), 3.0)))
     twice.sites[0].right[len(rows.sites[0].right) :] *= 1 + 1e-14
     compact = twice.compact()
@@ -274,8 +382,28 @@ def test_equal_inputs_are_kept_once():
     again = compact.select([0, 2])
     assert [len(s.right) for s in again.sites] == [7, 7, 7]
     close = drawn()
+    close.sites[0].right.mul_(size)
     close.sites[0].right[1] = close.sites[0].right[0] * (1 + 1e-9)
     assert len(close.compact().sites[0].right) == len(close.sites[0].right)
+
+
+def test_inputs_in_half_precision_are_one_if_they_are_equal():
+    rows = drawn().stored_as(torch.bfloat16)
+    right = rows.sites[0].right
+    right[0] = right[1] = 1
+    right[2] = 0
+    right[3] = right[2]
+    right[4] = 1
+    right[4, 0] += torch.finfo(torch.bfloat16).eps
+    compact = rows.compact()
+    assert len(compact.sites[0].right) == len(right) - 2
+    assert torch.equal(flat(blocks(compact)), flat(blocks(rows)))
+
+
+def test_places_without_a_token_are_compact():
+    rows = drawn([0, 0]).compact()
+    assert not rows.products().any() or rows.dense
+    assert not any(len(site.right) for site in rows.sites)
 
 
 def test_state_survives_a_file_and_bad_ones_are_refused():
@@ -286,13 +414,30 @@ def test_state_survives_a_file_and_bad_ones_are_refused():
     file.seek(0)
     again = FactoredRows.from_state(torch.load(file, weights_only=True), params)
     assert torch.equal(flat(blocks(again)), flat(blocks(rows)))
-    with pytest.raises(ValueError, match="factors of parameter 0 do not fit"):
-        FactoredRows.from_state(rows.state_dict(), [torch.zeros(8, 5), *params[1:]])
+    for shape in ((8, 5), (7, 6)):
+        with pytest.raises(ValueError, match="factors of parameter 0 do not fit"):
+            FactoredRows.from_state(rows.state_dict(), [torch.zeros(shape), *params[1:]])
+    with pytest.raises(ValueError, match="factors of parameter 2 do not fit"):
+        FactoredRows.from_state(rows.state_dict(), params[:2])
+    with pytest.raises(ValueError, match="rows of parameter 3 do not fit"):
+        FactoredRows.from_state(rows.state_dict(), params[:3])
     with pytest.raises(ValueError, match="rows of parameter 3 do not fit"):
         FactoredRows.from_state(rows.state_dict(), [*params[:3], torch.zeros(5)])
 
 
-@pytest.mark.parametrize("broken", ["examples", "tokens", "places", "weights"])
+@pytest.mark.parametrize("token", [-1, 9])
+def test_tokens_outside_of_an_embedding_are_refused(token):
+    rows = drawn()
+    params = [torch.zeros(s, dtype=torch.float64) for s in rows.shapes]
+    rows.sites[2].left[2][3] = token
+    with pytest.raises(ValueError, match="factors of parameter 2 do not fit"):
+        FactoredRows.from_state(rows.state_dict(), params)
+
+
+BROKEN = ["examples", "tokens", "negative", "no numbers", "places", "places before", "weights"]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_factors_that_do_not_fit_each_other_are_refused(broken):
     rows = drawn()
     params = [torch.zeros(s, dtype=torch.float64) for s in rows.shapes]
@@ -301,7 +446,10 @@ def test_factors_that_do_not_fit_each_other_are_refused(broken):
     state["sites"][0] = {
         "examples": [right, left, [*counts, 0], places],
         "tokens": [right, left, [*counts[:-1], counts[-1] + 1], places],
+        "no numbers": [right, left, [float(n) for n in counts], places],
+        "negative": [right, left, [-1, 1, 4, 5], places],
         "places": [right, left, counts, places + 1],
+        "places before": [right, left, counts, places - 1],
         "weights": [right, {}, counts, places],
     }[broken]
     with pytest.raises(ValueError, match="factors of a layer do not fit each other"):

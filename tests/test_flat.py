@@ -56,13 +56,15 @@ def test_any_layout_equals_one_product_for_each_parameter(layout, rank, width, c
         assert torch.allclose(tensor.to(block), whole, rtol=1e-2, atol=1e-2)
 
 
-def test_blocks_are_views_of_few_matrices():
+def test_blocks_are_views_of_few_matrices(monkeypatch):
     blocks = [torch.ones(2, 3, 4), torch.ones(2), torch.ones(2, 5)]
     together = FlatBlocks(blocks)
     assert [segment.matrix.shape for segment in together.segments] == [(2, 18)]
     together.segments[0].matrix.zero_()
     assert not any(block.any() for block in together.blocks)
     assert all(block.all() for block in blocks)
+    monkeypatch.setattr(flat, "_WIDTH", 10)
+    assert [segment.matrix.shape for segment in FlatBlocks(blocks).segments] == [(2, 12), (2, 6)]
 
 
 def test_sums_over_many_columns_are_as_precise_as_in_float64():
@@ -72,6 +74,39 @@ def test_sums_over_many_columns_are_as_precise_as_in_float64():
     vector = torch.rand(1 << 20, generator=generator) + 1
     exact = float(block.double() @ vector.double())
     assert float(FlatBlocks([block]).products([[vector]])) == pytest.approx(exact, rel=2e-7)
+
+
+def test_the_coarsest_dtype_has_the_largest_rounding_unit():
+    mixed = [torch.float64, torch.bfloat16, torch.float16, torch.float32]
+    assert rows.coarsest(mixed) == torch.bfloat16
+
+
+def test_tiles_are_summed_in_float64(monkeypatch):
+    monkeypatch.setattr(rows, "COLUMNS", 1)
+    row = torch.ones(1, 100)
+    row[0, 0], row[0, 50] = 2.0**40, -(2.0**40)
+    assert float(rows.flat_products(row, torch.ones(1, 100))) == 98
+
+
+def test_rows_may_be_none_and_of_another_dtype():
+    none, two = torch.zeros(0, 3, dtype=torch.float64), torch.ones(2, 3)
+    assert rows.inner_products([none], [two]).shape == (0, 2)
+    assert rows.inner_products([two], [none]).shape == (2, 0)
+
+
+def test_a_direction_may_be_of_another_dtype():
+    block, direction = torch.rand(3, 4), torch.rand(4, dtype=torch.bfloat16)
+    expected = block.double() @ direction.double()
+    assert torch.allclose(rows.DenseRows([block]).along(0, direction), expected, rtol=1e-6)
+
+
+def test_products_do_without_autocast_unless_that_is_asked_for():
+    block = torch.rand(3, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rows.flat_products(block, block)
+        with rows.exact_products(block.device, autocast=True):
+            assert (block @ block.T).dtype == torch.bfloat16
+    assert torch.allclose(found, block.double() @ block.double().T, rtol=1e-6)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -84,6 +119,9 @@ def test_products_do_without_tf32_whatever_training_uses(device):
         with rows.exact_products(torch.device(device)):
             assert matmul.fp32_precision == "ieee"
             assert not rows.rounds_products(torch.device(device))
+        assert matmul.fp32_precision == "tf32"
+        with pytest.raises(ZeroDivisionError), rows.exact_products(torch.device(device)):
+            raise ZeroDivisionError
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before

@@ -254,6 +254,18 @@ def test_sampled_labels_are_the_same_at_every_product():
             assert torch.equal(a, b)
 
 
+def test_sampled_labels_stand_where_labels_stood():
+    """Others in each micro-batch, none in the prompts, and the user's own are as they were."""
+    batch = safety_batch()
+    labels = batch["labels"].clone()
+    operator = FisherOperator(MODEL, [batch], labels="sampled", params=some)
+    first, second = (operator._with_sampled_labels(batch, index)["labels"] for index in (0, 1))
+    assert torch.equal(batch["labels"], labels)
+    for drawn in (first, second):
+        assert torch.equal(drawn == -100, labels == -100)
+    assert not torch.equal(first, second)
+
+
 def test_fisher_equals_gram(dense):
     operator = build("fisher", "nll")
     rows = operator.rows()
@@ -338,12 +350,13 @@ def test_rounded_products_of_training_are_not_used(operator, products):
     assert relative_error(a, b) < (1e-6 if products == "auto" else 1e-2)
 
 
+@pytest.mark.parametrize("some_rows", [slice(2), slice(-2, None)], ids=["first", "last"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["hessian", "ggn", "fisher"])
-def test_examples_without_a_label_count_as_they_do_in_a_larger_batch(name, loss):
-    """The first two examples, on which backends are tried, and some micro-batches have no label."""
+def test_examples_without_a_label_count_as_they_do_in_a_larger_batch(name, loss, some_rows):
+    """Some micro-batches have no label: also those on which backends are tried, and the last."""
     batch = safety_batch()
-    batch["labels"][:2] = -100
+    batch["labels"][some_rows] = -100
     operator = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": FisherOperator}[name]
     whole, cut = (operator(MODEL, [batch], loss, params=some, micro_batch_size=n) for n in (5, 1))
     generator = torch.Generator().manual_seed(0)
@@ -358,16 +371,30 @@ def test_examples_without_a_label_count_as_they_do_in_a_larger_batch(name, loss)
         operator(MODEL, [batch], loss, params=some).matvec(vector)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["hessian", "ggn", "fisher"])
+def test_a_label_on_the_first_token_counts_no_more_behind_padding(name):
+    """Nothing predicts it: neither its loss nor its weight is that of a labelled token."""
+    batch = safety_batch()
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    operator = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": FisherOperator}[name]
+    padded = operator(MODEL, [batch], "causal_lm", params=some)
+    alone = operator(MODEL, [single(batch, row) for row in range(5)], "causal_lm", params=some)
+    generator = torch.Generator().manual_seed(0)
+    vector = [torch.randn(p.shape, generator=generator).double() for p in padded.params]
+    a, b = (torch.cat([x.flatten() for x in o.matvec(vector)]) for o in (padded, alone))
+    assert relative_error(a, b) < GRADIENT[torch.float64]
+
+
+@pytest.mark.parametrize(("side", "size"), [("left", 4), ("right", 4), ("left", 16)])
 @pytest.mark.parametrize("name", ["hessian", "ggn", "sampled", "fisher"])
-def test_models_that_read_padding_are_given_none(name, side):
+def test_models_that_read_padding_are_given_none(name, side, size):
     """BART's decoder counts padding as positions: as if every example came alone."""
     model = of_family("Bart", d_model=16, pad_token_id=0, **BART).double()
     batch = safety_batch(side=side)
     operators = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": FisherOperator}
     options = {"labels": "sampled"} if name == "sampled" else {}
     operator = operators.get(name, FisherOperator)
-    actual = operator(model, [batch], micro_batch_size=4, **options)
+    actual = operator(model, [batch], micro_batch_size=size, **options)
     batches = []  # by their lengths, without padding: sampled labels are those of a pass
     for rows in ((0,), (2,), (1, 3, 4)):
         parts = [single(batch, row) for row in rows]
@@ -401,6 +428,21 @@ def test_a_square_batch_of_a_layer_with_tokens_first():
     expected = torch.cat([x.flatten(1) for x in looped_rows(model, operator.params, batch)], dim=1)
     assert relative_error(flat_rows(operator), expected / 5**0.5) < GRADIENT[torch.float64]
     assert operator.counts.forward == (1 + 1) + (1 + 4)
+
+
+def test_the_examples_of_a_loop_are_run_without_padding():
+    model = Toy(TokensFirst()).double()
+    batch = safety_batch(prompts=(2, 1, 2, 1, 3), responses=(1, 1, 2, 2, 2))
+    alone = []
+
+    def note(module, args, kwargs):
+        if len(kwargs["input_ids"]) == 1:
+            alone.append(kwargs["input_ids"].shape[1])
+
+    with model.register_forward_pre_hook(note, with_kwargs=True):
+        FisherOperator(model, [batch]).trace()
+    assert set(alone) == {2, 3, 4, 5}
+    assert alone.count(5) == 1
 
 
 def flat_rows(fisher):
@@ -442,17 +484,54 @@ def test_passes_are_counted_and_shared():
             assert (spent["forward"], spent["backward"], spent["double_backward"]) == counts
 
 
-def test_retained_notices_changed_parameters():
+@pytest.mark.parametrize("protected", [True, False])
+def test_retained_notices_changed_parameters(protected):
     model = tiny_gpt2(dtype=torch.float64)
     operator = HessianOperator(model, BATCHES, params=some, products="double")
     vector = [torch.ones_like(p) for p in operator.params]
+    changed = operator.params[0] if protected else model.transformer.ln_f.weight
     with operator.retained():
         operator.matvec(vector)
         with torch.no_grad():
-            operator.params[0].add_(0.5)
+            changed.add_(0.5)
         inside = operator.matvec(vector)
     for a, b in zip(inside, operator.matvec(vector), strict=True):
         assert torch.equal(a, b)
+
+
+def test_retained_inside_of_retained_keeps_what_is_kept():
+    """Until the outer one ends, for a caller of several solvers."""
+    operator = build("fisher", "nll", keep=9)
+    vector = [torch.ones_like(p) for p in operator.params]
+    with operator.retained():
+        operator.matvec(vector)
+        spent = operator.counts.forward
+        for _ in range(2):
+            with operator.retained():
+                operator.matvec(vector)
+        assert operator.counts.forward == spent
+    operator.matvec(vector)
+    assert operator.counts.forward == 2 * spent
+
+
+def test_parameters_of_two_dtypes_have_vectors_of_the_coarser_one():
+    model = nn.Sequential(nn.Linear(3, 2, dtype=torch.float64), nn.Linear(2, 1, bias=False))
+
+    def loss(model, x):
+        return 0.5 * model[1](model[0](x).float()).square().sum(1)
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    operator = HessianOperator(model, [x], loss)
+    assert operator.dtype == torch.float32
+    result = SOLVERS["lanczos"](operator, 1)
+    assert result.converged
+    expected = HessianOperator(model.double(), [x], loss_in_float64).to_dense()
+    largest = torch.linalg.eigvalsh(expected).abs().max()
+    assert result.eigenvalues[0].abs() == pytest.approx(float(largest), rel=1e-4)
+
+
+def loss_in_float64(model, x):
+    return 0.5 * model(x).square().sum(1)
 
 
 class Reversing(list):
@@ -532,6 +611,8 @@ def test_equal_data_by_value():
     assert not equal_data(batch, {**again, "x": torch.zeros(3)})
     assert not equal_data(batch, {**again, "x": x.nan_to_num(2.0)})
     assert not equal_data(batch, {**again, "more": (torch.tensor([False]), ["", torch.arange(3)])})
+    assert not equal_data(batch, {**again, "further": x})
+    assert not equal_data(batch, {**again, "more": again["more"][:1]})
 
 
 def test_errors_say_what_is_wrong():
@@ -566,6 +647,8 @@ def test_errors_say_what_is_wrong():
     operator = build("hessian", "nll")
     with pytest.raises(ValueError, match="vectors: 1 tensors"):
         operator.matmat([torch.ones(1, 3)])
+    with pytest.raises(ValueError, match=r"vectors: .*expected one of shape"):
+        operator.matmat([torch.ones(1 + i % 2, *p.shape) for i, p in enumerate(operator.params)])
     with pytest.raises(ValueError, match="to_dense"):
         HessianOperator(tiny_llama(hidden=64), BATCHES).to_dense()
 

@@ -100,6 +100,26 @@ def test_autocast_around_the_forward_pass_alone(kind):
         assert relative_error(actual, row) < GRADIENT[torch.bfloat16]
 
 
+def test_a_parameter_in_half_precision_among_others_needs_no_loop():
+    """Its own gradient is rounded, though its layer computes in float32."""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8).bfloat16())
+
+        def forward(self, x):
+            return x * self.weight.float()
+
+    model = Toy(Scale())
+    params = [model.middle.weight]
+    probe = SafetyProbe(model, [safety_batch()])
+    rows = probe.per_example(params).rows
+    assert probe.passes.forward == 1
+    expected = looped_rows(model, params, safety_batch())
+    assert relative_error(rows[0], expected[0]) < GRADIENT[torch.bfloat16]
+
+
 def test_rows_are_float32_for_half_precision():
     model = tiny_llama(dtype=torch.bfloat16)
     rows = SafetyProbe(model, [safety_batch()]).per_example(trainable(model)).rows
@@ -249,7 +269,18 @@ class Renamed(nn.Module):
         return x.square() * self.scale + self.shift
 
 
-@pytest.mark.parametrize("middle", [Pair, Shared, Padded, Renamed, nn.Identity])
+class Named(nn.Module):
+    """A layer whose input is given by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize("middle", [Pair, Shared, Padded, Renamed, Named, nn.Identity])
 def test_unusual_layers_in_one_pass(middle):
     check(Toy(middle()).double(), safety_batch(), passes=1)
 
@@ -326,8 +357,16 @@ class Bystander(nn.Module):
         return x
 
 
-def test_unused_parameters_have_zero_rows():
-    model = Toy(Bystander())
+class LookingBystander(Bystander):
+    """Looks at the data, too, which `torch.func.vmap` refuses."""
+
+    def forward(self, x):
+        return x if bool(x.isfinite().all()) else x + self.unused.sum()
+
+
+@pytest.mark.parametrize("middle", [Bystander, LookingBystander])
+def test_unused_parameters_have_zero_rows(middle):
+    model = Toy(middle())
     rows, _ = check(model, safety_batch(), passes=1)
     unused = [p is model.middle.unused for p in trainable(model)].index(True)
     assert not rows[unused].any()
@@ -383,11 +422,21 @@ def test_what_a_layer_keeps_is_that_of_the_whole_pass():
     assert bool(model(batch["input_ids"][:1]).logits.isfinite().all())
 
 
-def test_hooks_of_others_see_tensors_that_last():
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_of_others_see_tensors_that_last(everywhere, before):
     model, seen = Toy(nn.LayerNorm(8)).double(), []
-    model.middle.register_forward_hook(lambda *args: seen.append(args[2].detach()))
-    check(model, safety_batch(), passes=1)
-    assert all(bool(output.isfinite().all()) for output in seen)
+
+    def keep(module, inputs, output=None):
+        if module is model.middle:
+            seen.append((inputs[0] if output is None else output).detach())
+
+    of = nn.modules.module if everywhere else model.middle
+    where = f"register{'_module' * everywhere}_forward{'_pre' * before}_hook"
+    with getattr(of, where)(keep):
+        check(model, safety_batch(), passes=1)
+    assert seen
+    assert all(bool(tensor.isfinite().all()) for tensor in seen)
 
 
 class Remembers(nn.Module):
@@ -508,6 +557,17 @@ def test_a_gradient_that_padding_makes_nan_is_looped():
             return Output(self.head(x + lent.sqrt()))
 
     check(Lent().double(), safety_batch(), passes=1 + 5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_gradients_that_overflow_need_no_loop(kind):
+    """A loop would find the same, and go on for good."""
+    model = Toy(nn.Identity())
+    with torch.no_grad():
+        model.head.weight.fill_(torch.inf)
+    probe = SafetyProbe(model, [safety_batch()])
+    (probe.per_example if kind == "dense" else probe.factored)(trainable(model))
+    assert probe.passes.forward == 1
 
 
 def test_batch_statistics_fall_back():

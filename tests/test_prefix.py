@@ -1,5 +1,7 @@
 """Sharing the common beginning of a batch: the same numbers from fewer tokens."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -44,6 +46,57 @@ def test_losses_and_tokens(lengths, lora):
     assert tokens_run(batch, batch) == sum(lengths)
 
 
+def test_padding_of_all_rows_is_left_out():
+    model, batch = tiny_llama(dtype=torch.float64).eval(), batch_of()
+    wide = {
+        name: nn.functional.pad(x, (5, 0), value=IGNORE if name == "labels" else 0)
+        for name, x in batch.items()
+    }
+    shared = share_prefix(model, wide)
+    assert shared["input_ids"].shape == (3, 17 - 9)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            refusal_nll(model, shared), refusal_nll(model, batch), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_the_beginning_is_that_of_all_rows():
+    """The third row differs from the first two where these are still the same."""
+    batch = batch_of((14, 14, 14), beginning=12)
+    batch["input_ids"][2, 8:] += 1
+    shared = share_prefix(tiny_llama(), batch)
+    assert shared["input_ids"].shape[1] == 14 - 8
+    batch["input_ids"][2, 7] += 1
+    assert "past_key_values" not in share_prefix(tiny_llama(), batch)
+
+
+@pytest.mark.parametrize("beginning", [9, 15])
+def test_without_labels_the_last_token_of_every_row_is_run(beginning):
+    """What a row goes on with is asked of its last token, also where all of it is shared."""
+    model, ids = tiny_llama(dtype=torch.float64).eval(), torch.arange(4, 20).repeat(2, 1)
+    ids[0, :-beginning] = 0
+    ids[0, -beginning:] = ids[1, :beginning]
+    mask = torch.ones_like(ids)
+    mask[0, :-beginning] = 0
+    shared = share_prefix(model, {"input_ids": ids, "attention_mask": mask})
+    assert shared["input_ids"].shape[1] == 16 - (beginning - 1)
+    keys = shared["past_key_values"].layers[0].keys
+    assert keys.shape[2] == beginning - 1
+    assert not keys.requires_grad
+    with torch.no_grad():
+        logits = model(**shared).logits[:, -1]
+        alone = [
+            model(row[keep.bool()][None]).logits[0, -1] for row, keep in zip(ids, mask, strict=True)
+        ]
+    torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_whose_first_token_has_a_label_share_nothing():
+    batch = batch_of((14, 14))
+    labelled = {**batch, "labels": batch["input_ids"]}
+    assert "past_key_values" not in share_prefix(tiny_llama(), labelled)
+
+
 def test_the_token_that_predicts_the_first_label_is_not_shared():
     model = tiny_llama(dtype=torch.float64).eval()
     ids = torch.arange(4, 20).repeat(2, 1)
@@ -63,6 +116,26 @@ class _NoCache(nn.Module):
         raise AssertionError("nothing was to be run")
 
 
+class _NoPositions(_NoCache):
+    """Takes a cache, but cannot be told where the first token behind padding stands."""
+
+    config = SimpleNamespace()
+
+    def forward(self, input_ids, attention_mask, past_key_values, use_cache, logits_to_keep):
+        raise AssertionError("nothing was to be run")
+
+
+class _NoConfig(_NoPositions):
+    """What it attends to is not known."""
+
+    config = None
+
+    def forward(
+        self, input_ids, position_ids, attention_mask, past_key_values, use_cache, logits_to_keep
+    ):
+        raise AssertionError("nothing was to be run")
+
+
 @pytest.mark.parametrize(
     ("model", "batch"),
     [
@@ -70,8 +143,10 @@ class _NoCache(nn.Module):
         (tiny_llama(), batch_of(beginning=7)),
         (tiny_llama(), {**batch_of(), "token_type_ids": torch.zeros(3, 17)}),
         (_NoCache(), batch_of()),
+        (_NoPositions(), batch_of()),
+        (_NoConfig(), batch_of()),
     ],
-    ids=["one row", "short beginning", "other entries", "no cache"],
+    ids=["one row", "short beginning", "other entries", "no cache", "no positions", "no config"],
 )
 def test_what_is_not_shared_is_returned_as_it_is(model, batch):
     shared = share_prefix(model, batch)

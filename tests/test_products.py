@@ -8,7 +8,7 @@ from tiny_models import PAD, VOCAB, safety_batch, tiny_gpt2, tiny_llama, trainab
 from tolerances import GRADIENT, relative_error
 from torch import nn
 
-from safeopt.curvature.differences import Differences
+from safeopt.curvature.differences import Differences, rounding_unit
 from safeopt.curvature.operators import FisherOperator, GGNOperator, HessianOperator
 from safeopt.curvature.operators.base import ProductCounter
 from safeopt.curvature.products import Site, choose
@@ -158,6 +158,8 @@ def test_gradient_checkpointing(reentrant, operator, caplog):
     model.enable_input_require_grads()
     runs = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    for p in trainable(model)[::2]:
+        p.grad = torch.ones_like(p)
     before = snapshot(model)
     with caplog.at_level(logging.INFO, "safeopt"):
         actual, used = product(model, operator, "auto")
@@ -196,7 +198,7 @@ def test_bfloat16():
     for make in (tiny_smooth, lambda: with_lora(tiny_smooth())):
         model = make().bfloat16()
         expected, _ = product(make().bfloat16().float(), "hessian", "double")
-        for kind, error in (("double", 0.05), ("finite", 0.25)):
+        for kind, error in (("double", 0.05), ("forward", 0.05), ("finite", 0.25)):
             actual, operator = product(model, "hessian", kind)
             assert actual.dtype == operator.dtype == torch.float32
             assert relative_error(actual, expected) < error
@@ -216,8 +218,11 @@ def test_autocast_serves_no_stale_weights():
     model = with_lora(tiny_smooth())
     expected, _ = product(model, "hessian", "double")
     with torch.autocast("cpu", torch.bfloat16):
+        before = model(input_ids=BATCHES[0]["input_ids"]).logits
         actual, _ = product(model, "hessian", "finite")
+        after = model(input_ids=BATCHES[0]["input_ids"]).logits
     assert relative_error(actual, expected) < 0.25
+    assert torch.equal(after, before)
 
 
 def test_four_bit_base():
@@ -322,6 +327,35 @@ def test_unknown_and_impossible_products():
         HessianOperator(tiny_llama(), BATCHES, loss).chosen_products()
 
 
+@pytest.mark.parametrize("products", KINDS)
+def test_what_enters_linearly_has_no_curvature(products):
+    model = nn.Linear(3, 1)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+    def loss(model, x):
+        return (x @ model.weight.T).square().sum(1) + model.bias
+
+    operator = HessianOperator(model, [x], loss, products=products)
+    weight, bias = operator.matvec([torch.ones(1, 3), torch.ones(1)])
+    assert relative_error(weight, (2 * x.T @ x.sum(1) / 4).unsqueeze(0)) < FINITE
+    assert bias.abs().max() < FINITE
+    operator = HessianOperator(model, [x], lambda model, x: model(x).sum(1), products=products)
+    for part in operator.matvec([torch.ones(1, 3), torch.ones(1)]):
+        assert part.abs().max() < FINITE
+
+
+@pytest.mark.parametrize("products", ["auto", *KINDS])
+def test_products_that_are_not_finite_are_refused(products):
+    model = nn.Linear(3, 1, bias=False)
+
+    def loss(model, x):
+        return torch.inf * model(x).square().sum(1)
+
+    operator = HessianOperator(model, [torch.ones(2, 3)], loss, products=products)
+    with pytest.raises(RuntimeError, match=r"not finite.*Cure: check the loss"):
+        operator.matvec([torch.ones(1, 3)])
+
+
 def test_backend_is_chosen_once():
     operator = HessianOperator(tiny_llama(), BATCHES)
     operator.chosen_products()
@@ -355,7 +389,8 @@ def test_a_vector_without_effect_does_not_spoil_the_next_ones_step(dtype):
     vector[:, 1:] = 1
     expected = 3 * model.weight.detach()[:, 1:] ** 2
     for _ in range(2):
-        assert differences.along([without_effect], cube)[0].abs().max() == 0
+        for _ in range(3):
+            assert differences.along([without_effect], cube)[0].abs().max() == 0
         (derivative,) = differences.along([vector], cube)
         assert relative_error(derivative.flatten(), expected.flatten()) < FINITE
 
@@ -378,6 +413,44 @@ def test_differences_of_a_cubic():
         differences.along([torch.full((3, 5), float("nan")).double()], cube)
 
 
+def test_values_that_are_not_finite_do_not_spoil_the_next_ones_step():
+    model = nn.Linear(5, 3, bias=False).double()
+    differences, vector = Differences(model, [model.weight]), [torch.ones(3, 5).double()]
+    assert not differences.along(vector, lambda: [torch.nan * model.weight])[0].isfinite().any()
+    (derivative,) = differences.along(vector, lambda: [model.weight**3 / 3])
+    assert relative_error(derivative, model.weight**2) < 1e-3
+
+
+def test_a_step_too_short_to_be_seen_is_lengthened():
+    model = nn.Linear(5, 3, bias=False)
+    (derivative,) = Differences(model, [model.weight]).along(
+        [torch.ones(3, 5)], lambda: [model.weight + 3e5]
+    )
+    assert relative_error(derivative, torch.ones(3, 5)) < FINITE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_differences_where_all_parameters_are_zero(dtype):
+    model = nn.Linear(5, 3, bias=False, dtype=dtype)
+    model.weight.data.zero_()
+    differences = Differences(model, [model.weight])
+    for size in (0.0, 1.0):
+        (derivative,) = differences.along(
+            [torch.full((3, 5), size)], lambda: [3 * model.weight + 1]
+        )
+        assert derivative.dtype == torch.float32
+        assert (derivative - 3 * size).abs().max() < (0.1 if dtype == torch.bfloat16 else FINITE)
+
+
+def test_the_rounding_unit_is_that_of_the_coarsest_dtype():
+    model = nn.Sequential(nn.Linear(2, 2).double(), nn.Linear(2, 2).double())
+    assert rounding_unit(model) == torch.finfo(torch.float32).eps
+    model[1].compute_dtype = torch.float16  # as of a quantised layer, whose weight is no float
+    assert rounding_unit(model) == torch.finfo(torch.float16).eps
+    model[0].bfloat16()
+    assert rounding_unit(model) == torch.finfo(torch.bfloat16).eps
+
+
 def test_equal_calls_give_equal_results():
     for kind in KINDS:
         model = tiny_llama()
@@ -389,6 +462,7 @@ def test_equal_calls_give_equal_results():
     [
         ([1.001], "double"),  # they agree
         ([1.5, 1.001, 1.001], "double"),  # they agree once the step is better
+        ([1.5, 1.009, 1.014], "double"),  # one of the two does
         ([1.05, 1.05, 1.02], "double"),  # differences are as far from themselves
         ([1.05, 1.05, 1.049], "finite"),  # differences are sure of what they say
         ([1.5, 1.5, 1.2], "finite"),  # something is missing, however rough they are

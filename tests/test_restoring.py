@@ -109,3 +109,9 @@ def test_as_much_of_a_step_is_taken_as_the_trial_examples_allow(before, losses, 
     assert torch.equal(params[0], start + length * step)
     assert value == (losses[-1] if length else before)
     assert list(measured) == []
+
+
+def test_a_trial_loss_that_is_not_finite_takes_no_step():
+    probe = SimpleNamespace(value=lambda trial: math.nan)
+    with pytest.raises(FloatingPointError, match="the safety loss is nan"):
+        searched(SimpleNamespace(), [], torch.ones(1), probe, [0], 0.2, None)

@@ -113,6 +113,21 @@ def test_zero_rows_span_nothing():
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
 
 
+class Rounded:
+    """Gradients of zeros whose Gram matrix is rounding, of the wrong sign."""
+
+    def products(self):
+        return -1e-30 * torch.eye(3, dtype=torch.float64)
+
+    def directions(self, mix):
+        return DenseBasis([torch.zeros(len(mix), 5)]), torch.arange(len(mix))
+
+
+def test_rounding_of_zero_rows_spans_nothing():
+    values, basis = gram(Rounded(), 2, torch.float32)
+    assert (len(values), basis.rank) == (0, 0)
+
+
 def test_gram_errors():
     with pytest.raises(ValueError, match="rank=0: the safety subspace needs at least one"):
         gram(random_rows(3), 0)

@@ -95,6 +95,23 @@ def test_a_space_of_zero_eigenvalues_does_not_stay():
     assert relative_residuals(matrix, tracker.pairs).max() < 1e-5
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_zero_eigenvalues_that_are_no_more(leaves):
+    """Whether the new curvature lies in the old space or leads out of it, altogether."""
+    eye = torch.eye(100, dtype=torch.float64)
+    zeros = torch.zeros(RANK, dtype=torch.float64)
+    pairs = Eigenpairs(zeros, as_basis(eye[:RANK]), zeros, 0, True, True)
+    assert drift(Dense(eye.roll(50, 0) if leaves else eye), pairs) == math.inf
+
+
+def test_a_curvature_that_is_gone_keeps_no_eigenvalues():
+    matrix = matrix_of(decaying())
+    tracker = EigenspaceTracker(RANK)
+    tracker.update(Dense(matrix))
+    assert tracker.update(Dense(matrix * 0)) == ("cold", math.inf)
+    assert not tracker.pairs.eigenvalues.any()
+
+
 def test_what_the_signs_of_one_test_hide_another_test_shows():
     """Two directions that turn to the same one, which their sum or their difference leaves out."""
     matrix = matrix_of(decaying())
@@ -139,13 +156,40 @@ def test_keeps_updates_or_starts_anew_by_the_drift():
     assert relative_residuals(far, tracker.pairs).max() < 1e-5
 
 
+def test_the_bounds_themselves():
+    """Up to the one a basis is kept, from the other on it is not worth starting from."""
+    matrix = matrix_of(decaying())
+    after = turned(matrix, 0.15)
+    first = EigenspaceTracker(RANK)
+    first.update(Dense(matrix))
+    found = drift(Dense(after), first.pairs)
+    for options, action in (
+        ({"keep_below": found, "cold_above": found}, "kept"),
+        ({"keep_below": 0.0, "cold_above": found}, "cold"),
+        ({"keep_below": 0.0, "cold_above": found * (1 + 1e-9)}, "updated"),
+    ):
+        tracker = EigenspaceTracker(RANK, **options)
+        tracker.update(Dense(matrix))
+        assert tracker.update(Dense(after)) == (action, found)
+
+
+def test_the_solver_is_given_the_tracker_s_choices():
+    matrix = matrix_of(-decaying(indefinite=True))  # the largest magnitude is not the largest
+    options = {"which": "largest", "tolerance": 1e-2, "seed": 5}
+    tracker = EigenspaceTracker(RANK, **options)
+    tracker.update(Dense(matrix))
+    expected = lanczos(Dense(matrix), RANK, **options)
+    assert torch.equal(tracker.pairs.eigenvalues, expected.eigenvalues)
+    assert torch.equal(flat(tracker.pairs.basis), flat(expected.basis))
+
+
 def test_the_test_uses_fresh_examples_and_the_update_does_not():
     matrix = matrix_of(decaying())
     tracker = EigenspaceTracker(RANK, test_products=3)
     tracker.update(Dense(matrix))
     whole, fresh = Dense(matrix), Dense(turned(matrix, 0.2))
     tracker.update(whole, fresh)
-    assert fresh.products == tracker.counts.test == 3
+    assert fresh.products == fresh.shared == tracker.counts.test == 3
     assert whole.products == tracker.pairs.products > 0
 
 

@@ -128,7 +128,6 @@ def lanczos(
                 # Half of the room beyond k keeps directions that are about to be wanted.
                 count = rank + (rows - rank) // 2
                 v[:count] = mixed(vectors[:, :count].T, v)
-                t = torch.zeros_like(t)
                 t[:count, :count] = values[:count].diag()
             if beta > space.rounding(values):
                 v[count] = w[0] / beta
@@ -200,7 +199,7 @@ def block_krylov(
             ritz = mixed(kept, v[:count])
             errors = mixed(kept, w[:count]) - values[:rank, None].to(v) * ritz
             residuals = torch.linalg.vector_norm(errors, dim=1, dtype=torch.float64).cpu()
-            if not cold and space.spent == count and _useless(values, residuals):
+            if not cold and space.spent == len(fresh) and _useless(values, residuals):
                 logger.info("block_krylov: the basis given is of no use; random vectors instead")
                 cold, count, fresh = True, 0, space.random(wide)
                 continue
@@ -209,17 +208,14 @@ def block_krylov(
                 return space.result(values, ritz, residuals, cold)
             open_pairs = ~space.met(values, residuals)
             fresh = errors[open_pairs.to(v.device)][:wide]
-            if count < rank and not len(fresh):  # a small start that is invariant
-                fresh = space.random(rank - count)
             if rows == space.size:  # no restart can be needed
                 fresh = fresh[: rows - count]
             elif count + len(fresh) > rows:
                 # The best Ritz vectors stand for the space; those beyond k carry its memory.
-                keep = max(rank, min(rows - len(fresh), rank + (rows - rank) // 3))
+                keep = min(rows - len(fresh), rank + (rows - rank) // 3)
                 mix = vectors[:, :keep].T
                 v[:keep], w[:keep] = mixed(mix, v[:count]), mixed(mix, w[:count])
                 count = keep
-                fresh = fresh[: rows - count]
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -291,7 +287,7 @@ class _Search(RowSpace):
             )  # fmt: skip
         return Eigenpairs(
             eigenvalues=values[: self.rank].clone(),
-            basis=DenseBasis([block.clone() for block in self.blocks(vectors)]),
+            basis=DenseBasis(self.blocks(vectors)),
             residuals=residuals[: self.rank].clone(),
             products=self.spent,
             converged=not missing,

@@ -97,8 +97,6 @@ def drift(
     outside = float(torch.linalg.vector_norm(image, dtype=torch.float64))
     if zero:
         return math.inf if inside or outside else 0.0
-    if outside == 0:
-        return 0.0
     return outside / inside if inside > 0 else math.inf
 
 

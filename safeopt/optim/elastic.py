@@ -46,6 +46,9 @@ from safeopt.rows import GradientRows, row_dtype
 
 # Where neither the task nor safety has a gradient, nothing is pulled: not 0/0.
 _TINY = 1e-30
+# An entry's sum of squares stays at this: that of all entries is a float32 still, as it is divided
+# by. float32 holds 3e8 such entries.
+_MOST = 1e30
 
 
 class Pulled(NamedTuple):
@@ -140,8 +143,7 @@ class ElasticPull:
                 task.append(block[2])
             else:
                 total = local(gradient).to(block.dtype).square().add_(block[2])
-                # A sum that overflows stays.
-                task.append(total.clamp_(max=torch.finfo(block.dtype).max))
+                task.append(total.clamp_(max=_MOST))
         return task
 
 

@@ -93,8 +93,6 @@ def is_lost(loss: float, limit: float, tokens: Tensor) -> bool:
         limit: of it.
         tokens: the examples' numbers of response tokens, see `Window`; shape ``(q,)``.
     """
-    if loss <= limit:
-        return False
     now, least = (log_odds(torch.full_like(tokens, x), tokens) for x in (loss, limit))
     tolerated = torch.where(tokens > 0, _UNNOTICED, 0.0)
     return bool((least - now).mean() > tolerated.mean())

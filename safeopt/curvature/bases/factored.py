@@ -117,9 +117,7 @@ class FactoredBasis:
         before = (self.products @ self.mix.T)[young.start :]
         squares = (before * before).sum(1)
         tiny = torch.finfo(squares.dtype).tiny
-        scale = torch.where(
-            squares > tiny, (coefficients * before).sum(1) / squares.clamp(min=tiny), 1.0
-        )
+        scale = torch.where(squares > tiny, (coefficients * before).sum(1) / squares, 1.0)
         old = self.rows.select(young).scaled(scale)
         products = scale.unsqueeze(1) * self.products[young.start :, young.start :] * scale
         between = old.inner(rows)

@@ -85,7 +85,8 @@ class Int8Basis:
         rank = len(state["weights"])
         shapes = [(tuple(c.shape), tuple(s.shape)) for c, s in state["blocks"]]
         sizes = [p.numel() for p in params]
-        if shapes != [((rank, n), (rank, -(-n // _BLOCK))) for n in sizes]:
+        fit = shapes == [((rank, n), (rank, -(-n // _BLOCK))) for n in sizes]
+        if not (fit and state["weights"].shape == (rank, rank)):
             raise ValueError(
                 f"its shapes do not fit the parameters ({len(shapes)} blocks of rank {rank} for "
                 f"{len(params)} parameters)"

@@ -64,9 +64,6 @@ class GGNOperator(VectorwiseOperator):
                 'give "nll", "causal_lm" or a ReferenceKL, or use HessianOperator'
             )
 
-    def _splittable(self) -> bool:
-        return True
-
     def _product(self, kind: Kind, batch: Any) -> tuple[Product, _Predictions]:
         predictions = _Predictions(self.objective, batch)
         product = gauss_newton_product(kind, self._site, predictions, predictions.metric)
