@@ -325,6 +325,40 @@ def test_an_optimizer_that_clears_its_gradients_in_the_step_is_watched():
     assert [check.step for check in monitor.history] == [2, 4]
 
 
+def test_a_step_around_the_parents_own_counts_once():
+    """Both have the hooks, once the parent's class has been used for itself."""
+
+    class Around(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = tiny_llama()
+    torch.optim.SGD(trainable(model), lr=1e-3)
+    optimizer = Around(trainable(model), lr=1e-3)
+    monitor = SafetyMonitor(optimizer, probe_of(model), every=2, budget=9)
+    for step in range(1, 5):
+        task_step(model, step)
+        optimizer.step()
+        monitor.check(step)
+    assert [check.step for check in monitor.history] == [2, 4]
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_an_optimizer_that_calls_no_closure_is_watched(has_gradients):
+    class Ignoring(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step()
+
+    model = tiny_llama()
+    optimizer = Ignoring(trainable(model), lr=1e-3)
+    monitor = SafetyMonitor(optimizer, probe_of(model), every=1, budget=9)
+    if has_gradients:
+        task_step(model, 1)
+    optimizer.step(lambda: None)
+    monitor.check(1)
+    assert len(monitor.history) == has_gradients
+
+
 def test_gradients_that_it_cannot_follow_stop_nobody(caplog):
     model = tiny_llama()
     model.model.embed_tokens.sparse = True

@@ -151,8 +151,8 @@ class Observation:
         self._subspace = self.geometry.subspace
         if (self.steps + 1) % self._every == 0:
             self._copies = [p.detach().clone() for p in params]
+        self._begins(optimizer)
         if closure is None:
-            self._begins(optimizer)
             return None
 
         def evaluate() -> Any:
@@ -167,6 +167,7 @@ class Observation:
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._moving:
             return
+        self._moving = False  # a subclass's step around its parent's has these hooks twice
         if self._own:
             rate, gradients = self._step.ends(optimizer, self._params)
             if not rate > 0:  # a warm-up may begin with 0

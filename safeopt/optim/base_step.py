@@ -6,9 +6,11 @@ step is no gradient any more. Which optimizers do so, and in which of their step
 beforehand, but for those two, and copies of all gradients take memory:
 
 - of an optimizer that is known to write to gradients they are copied;
-- of any other one autograd's count of writes to each gradient is watched, and in the first steps
-  its norm as well. A step that writes for the first time costs its own gradients: they are not
-  known, and none is taken for them. From then on they are copied.
+- of one that is not known they are copied in the first steps, and compared after each: who has
+  changed them is known from then on;
+- of those of packages which leave them alone, and of any other after the first steps, autograd's
+  count of writes to each gradient is watched. A step that writes for the first time costs its own
+  gradients: they are not known, and none is taken for them. From then on they are copied.
 
 A fused step writes to gradients only under a `GradScaler`, where it divides them by the loss scale
 itself: of a fused group's parameters the gradients are those that it leaves.
@@ -31,14 +33,16 @@ from safeopt.distributed import locals_of
 from safeopt.optim.groups import largest_learning_rate
 from safeopt.optim.schedule_free import is_schedule_free, scheduled_rate
 
-_MEASURED = 8  # first steps, in which the gradients' norms are watched
+_COMPARED = 8  # first steps, in which a stranger's gradients are copied
+# Packages whose optimizers leave gradients alone, but for what `_known_to_write` tells.
+_KNOWN = {"torch", "bitsandbytes", "safeopt"}
 
 
 class BaseStep:
     """Follows the steps of one optimizer.
 
-    Cost: two passes over the gradients in each of the first steps; of an optimizer that writes to
-    gradients a copy of them for as long as a step takes.
+    Cost: in the first steps of an optimizer that is not known, and in all of one that writes to
+    gradients, a copy of them for as long as a step takes.
     """
 
     def __init__(self) -> None:
@@ -50,9 +54,8 @@ class BaseStep:
         """Let go of a step that has begun."""
         self._rate = 0.0  # a hook may take a scheduler's step before `ends`
         self._gradients: list[Tensor | None] = []  # themselves, None where fused
-        self._copies: list[Tensor | None] = []  # of an optimizer that writes
-        self._counts: list[int] = []  # of the writes to them, of any other
-        self._norms: list[Tensor] = []
+        self._copies: list[Tensor | None] | None = None  # this process's parts
+        self._counts: list[int] = []  # of the writes to them, where nothing is copied
 
     def begins(self, optimizer: Optimizer, params: Sequence[Tensor]) -> None:
         """Note the gradients that the step will be taken with; call it when they are computed."""
@@ -64,13 +67,11 @@ class BaseStep:
         # Of tensors made in inference mode nobody counts the writes: better a copy too many.
         uncounted = any(g is not None and g.is_inference() for g in self._gradients)
         self._writes = self._writes or uncounted or _known_to_write(optimizer)
-        if self._writes:
+        if self._writes or (self._begun < _COMPARED and not _is_known(optimizer)):
             found = locals_of(self._gradients)
             self._copies = [None if g is None else g.detach().clone() for g in found]
         else:
             self._counts = self._written()
-            if self._begun < _MEASURED:
-                self._norms = self._measured()
         self._begun += 1
 
     def ends(
@@ -88,36 +89,36 @@ class BaseStep:
         """
         rate = scheduled_rate(optimizer)
         rate = self._rate if rate is None else rate
-        copied, found = self._writes, self._copies
-        if not copied:
-            self._writes = self._has_written()
+        found = self._copies
+        if found is None:
+            self._writes = self._written() != self._counts
             # Themselves: an optimizer may have put other tensors there.
             pairs = zip(params, self._gradients, strict=True)
             found = [None if p.grad is None else g for p, g in pairs]
+            if self._writes:
+                self.forget()
+                return rate, [None] * len(params)
+        elif not self._writes:
+            self._writes = not all(map(_same, locals_of(self._gradients), found))
         self.forget()
-        if self._writes and not copied:
-            return rate, [None] * len(params)
         return rate, [p.grad if g is None else g for p, g in zip(params, found, strict=True)]
-
-    def _has_written(self) -> bool:
-        """Whether the step has changed a gradient, as far as it can be seen."""
-        if self._written() != self._counts:
-            return True
-        norms = self._measured() if self._norms else []
-        return any(
-            not torch.equal(now.nan_to_num(), before.nan_to_num())
-            for now, before in zip(norms, self._norms, strict=True)
-        )
 
     def _written(self) -> list[int]:
         """Autograd's counts of the writes to each gradient; of a DTensor its own and its part's."""
         both = (*self._gradients, *locals_of(self._gradients))
         return [-1 if g is None else g._version for g in both]
 
-    def _measured(self) -> list[Tensor]:
-        """The norm of this process's part of each gradient; of sparse ones none is used."""
-        found = [g for g in locals_of(self._gradients) if g is not None]
-        return [torch.linalg.vector_norm(g) for g in found if g.layout == torch.strided]
+
+def _same(gradient: Tensor | None, copy: Tensor | None) -> bool:
+    """Whether a gradient has been left alone; of a sparse one its writes tell."""
+    if gradient is None or copy is None or gradient.layout != torch.strided:
+        return True
+    return torch.equal(gradient.nan_to_num(), copy.nan_to_num())
+
+
+def _is_known(optimizer: Optimizer) -> bool:
+    """Whether its step is one of the packages that leave gradients alone."""
+    return type(optimizer).step.__module__.partition(".")[0] in _KNOWN
 
 
 def _known_to_write(optimizer: Optimizer) -> bool:
