@@ -304,6 +304,7 @@ class RayCluster:
         import ray
 
         packages = [str(REPOSITORY / name) for name in ("benchmarks", "safeopt")]
+        terminated = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=self.address,
             # The packages of this checkout travel to the workers; what they need must be there.
@@ -312,6 +313,9 @@ class RayCluster:
             include_dashboard=False if self.address == "local" else None,
         )
         try:
+            # Ray has put a handler of its own there, which ends the process at once.
+            if signal.getsignal(signal.SIGTERM) is not terminated:
+                signal.signal(signal.SIGTERM, terminated)
             yield ray
         finally:
             ray.shutdown()

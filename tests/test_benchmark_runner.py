@@ -219,7 +219,9 @@ def test_ray_gives_the_same_json_as_one_process(here, tmp_path: Path):
     file = tmp_path / "broken.py"
     file.write_text(METHODS, encoding="utf-8")
     wanted = config([{"name": "adamw"}, {"name": f"{file}:Raises", "label": "Raises"}])
+    terminated = signal.getsignal(signal.SIGTERM)
     result = run(wanted, tmp_path / "out", QUIET, RayCluster("local", threads=1))
+    assert signal.getsignal(signal.SIGTERM) is terminated
     (record,) = comparable(result)["records"]
     assert record == comparable(here)["records"][0]
     (failure,) = result.failures
