@@ -313,16 +313,21 @@ def test_parameters_may_be_frozen_or_thawed_on_the_way(thaw):
     assert predicted.alignment_predicted == pytest.approx(predicted.alignment_loss, abs=0.01)
 
 
-def test_an_optimizer_that_clears_its_gradients_in_the_step_is_watched():
-    model = with_lora(tiny_llama())
-    optimizer = adamw(model)
-    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # before the monitor's
+def measured_at(model, optimizer):
+    """Of four steps those at which a monitor that looks at every second one has measured."""
     monitor = SafetyMonitor(optimizer, probe_of(model), every=2, budget=9)
     for step in range(1, 5):
         task_step(model, step)
         optimizer.step()
         monitor.check(step)
-    assert [check.step for check in monitor.history] == [2, 4]
+    return [check.step for check in monitor.history]
+
+
+def test_an_optimizer_that_clears_its_gradients_in_the_step_is_watched():
+    model = with_lora(tiny_llama())
+    optimizer = adamw(model)
+    optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # before the monitor's
+    assert measured_at(model, optimizer) == [2, 4]
 
 
 def test_a_step_around_the_parents_own_counts_once():
@@ -335,12 +340,7 @@ def test_a_step_around_the_parents_own_counts_once():
     model = tiny_llama()
     torch.optim.SGD(trainable(model), lr=1e-3)
     optimizer = Around(trainable(model), lr=1e-3)
-    monitor = SafetyMonitor(optimizer, probe_of(model), every=2, budget=9)
-    for step in range(1, 5):
-        task_step(model, step)
-        optimizer.step()
-        monitor.check(step)
-    assert [check.step for check in monitor.history] == [2, 4]
+    assert measured_at(model, optimizer) == [2, 4]
 
 
 @pytest.mark.parametrize("has_gradients", [False, True])

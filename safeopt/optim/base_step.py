@@ -46,7 +46,7 @@ class BaseStep:
     """
 
     def __init__(self) -> None:
-        self._begun = 0
+        self._taken = 0  # steps
         self._writes = False  # whether the optimizer has written to gradients
         self.forget()
 
@@ -67,12 +67,11 @@ class BaseStep:
         # Of tensors made in inference mode nobody counts the writes: better a copy too many.
         uncounted = any(g is not None and g.is_inference() for g in self._gradients)
         self._writes = self._writes or uncounted or _known_to_write(optimizer)
-        if self._writes or (self._begun < _COMPARED and not _is_known(optimizer)):
+        if self._writes or (self._taken < _COMPARED and not _is_known(optimizer)):
             found = locals_of(self._gradients)
             self._copies = [None if g is None else g.detach().clone() for g in found]
         else:
             self._counts = self._written()
-        self._begun += 1
 
     def ends(
         self, optimizer: Optimizer, params: Sequence[Tensor]
@@ -90,6 +89,7 @@ class BaseStep:
         rate = scheduled_rate(optimizer)
         rate = self._rate if rate is None else rate
         found = self._copies
+        self._taken += 1  # here, for with a closure a step begins twice
         if found is None:
             self._writes = self._written() != self._counts
             # Themselves: an optimizer may have put other tensors there.
